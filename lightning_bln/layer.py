@@ -1,0 +1,596 @@
+"""`BatchLayerNorm`, the layer: parameters, population statistics and flags around `batch_layer_norm`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_bln.flags import FlagsLike, StatFlags
+from lightning_bln.ops import Population, Statistics, batch_layer_norm, feature_axis
+from lightning_bln.ops.reference import accumulation_dtype, expand_batch
+
+RUNNING = ("running_batch_mean", "running_batch_var", "running_feature_mean", "running_feature_var")
+"""Names of the population buffers, in the order of the flags."""
+
+_CHOICES = {
+    "statistics": ("per_position", "per_channel"),
+    "feature_population": ("pooled", "slot"),
+    "population": ("epoch", "ema", "precise"),
+}
+# What must agree between a checkpoint and the layer it is loaded into; everything else is taken over from it.
+_STRUCTURE = (
+    "num_features",
+    "feature_dim",
+    "sample_dim",
+    "affine",
+    "bias",
+    "statistics",
+    "feature_population",
+)
+_ADOPTED = ("eps", "flags", "population", "momentum", "batch_size", "gain")
+
+
+class BatchLayerNorm(nn.Module):
+    """Batch Layer Normalization over the samples (axis 0) and over the features at once.
+
+        x_b = (x - mu_b) / sqrt(var_b + eps)        x_f = (x - mu_f) / sqrt(var_f + eps)
+        w_f = 1/B - 1e-4                            w_b = 1 - (1/B + 1e-4)
+        y   = weight * (w_f * x_f + w_b * x_b) / sqrt(C) + bias
+
+    Training uses the mini-batch's own statistics (biased variances) and keeps their average as the population's.
+    At inference each of the four flags chooses, for its statistic, between the population's and the mini-batch's;
+    a population statistic that does not exist yet is the mini-batch's whatever its flag.
+
+    Population statistics: an average over the current epoch, weighted by the number of samples; variances multiplied
+    by n/(n - 1) before (by 1 where n = 1), n being the samples B, for batch variances taken per channel the samples
+    times the positions. `start_epoch` begins a new average; the last one stays until the next training batch
+    replaces it. B at inference is the largest training batch of that epoch.
+
+    Shapes: input (N, C), (N, C, ...) or, with ``feature_dim=-1``, (N, ..., C); output as input, in the input's dtype
+    and memory format. weight, bias: (C,). running_batch_mean, running_batch_var: the input's shape without the sample
+    axis (per_position) or (C,) (per_channel). running_feature_mean, running_feature_var: one value for each position,
+    () for per_channel, (B, positions) for ``feature_population="slot"``. They have shape (0,) before the first
+    training batch.
+
+    Args:
+        num_features: C, the size of the feature axis. A sequence means that the last axes of these sizes together are
+            the features, as `nn.LayerNorm`'s ``normalized_shape``; weight and bias then have that shape.
+        feature_dim: Axis of the features, default 1; -1 for channels-last. With a sequence of sizes it must be -1.
+        eps: Added to each variance inside the root. Default 1e-3.
+        affine: Learn weight and bias. Default True.
+        bias: Learn the bias, if affine. Default True.
+        flags: Default `StatFlags()`, that is True, True, False, False.
+        statistics: "per_position" (default, the paper): batch statistics for each position and feature; population
+            statistics then hold for one input size. "per_channel": one for each feature, over samples and positions
+            as BatchNorm does; any input size.
+        feature_population: "pooled" (default) keeps one value per position, averaged over the samples. "slot" keeps
+            one for each sample slot and position, as the authors' layer: fixed batch size only.
+        population: "epoch" (default, the paper); "ema", an exponential moving average with ``momentum``; "precise",
+            only by `update_statistics` (`BLNSwap` calls it before each validation).
+        momentum: Weight of the new value in "ema", as BatchNorm's. Default 0.1.
+        batch_size: Fixes B; None (default) for the number of samples.
+        sync: Take batch statistics and B over all processes, as SyncBatchNorm does. Default False.
+        sample_dim: Axis of the samples, default 0; 1 for sequence-first input (T, N, C).
+        device: Of the parameters and buffers.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: If an argument does not fit.
+
+    Example:
+        >>> layer = BatchLayerNorm(16)
+        >>> layer(torch.randn(8, 16, 4, 4)).shape
+        torch.Size([8, 16, 4, 4])
+        >>> layer.running_batch_mean.shape, layer.running_feature_mean.shape
+        (torch.Size([16, 4, 4]), torch.Size([4, 4]))
+
+    Source: Ziaee and Cano, "Batch Layer Normalization", arXiv 2209.08898, and the authors' Keras layer.
+    """
+
+    running_batch_mean: Tensor
+    running_batch_var: Tensor
+    running_feature_mean: Tensor
+    running_feature_var: Tensor
+    num_samples: Tensor
+    nominal_batch_size: Tensor
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        feature_dim: int = 1,
+        eps: float = 1e-3,
+        affine: bool = True,
+        bias: bool = True,
+        flags: FlagsLike = StatFlags(),  # noqa: B008  (frozen)
+        statistics: str = "per_position",
+        feature_population: str = "pooled",
+        population: str = "epoch",
+        momentum: float = 0.1,
+        batch_size: int | None = None,
+        sync: bool = False,
+        sample_dim: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+        chosen = {"statistics": statistics, "feature_population": feature_population, "population": population}
+        _check_arguments(shape, chosen, eps, momentum, batch_size, feature_dim)
+        self.num_features = num_features if isinstance(num_features, int) else shape
+        self.feature_dim = feature_dim
+        self.sample_dim = sample_dim
+        self.eps = eps
+        self.affine = affine
+        self.flags = StatFlags.parse(flags)
+        self.statistics = statistics
+        self.feature_population = feature_population
+        self.population = population
+        self.momentum = momentum
+        self.batch_size = batch_size
+        self.sync = sync
+        self.process_group: dist.ProcessGroup | None = None
+        # A constant factor where there is no weight; surgery sets it to sqrt(C) so that the old scale is preserved.
+        self.gain = 1.0
+        # The epoch that the accumulation belongs to, as `start_epoch` was told; read by the host only.
+        self.epoch: int | None = None
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight: nn.Parameter | None
+        self.bias: nn.Parameter | None
+        self.register_parameter("weight", nn.Parameter(torch.ones(shape, **factory)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(shape, **factory)) if affine and bias else None)
+        kept = accumulation_dtype(dtype or torch.get_default_dtype())
+        for name in RUNNING:
+            self.register_buffer(name, torch.empty(0, device=device, dtype=kept))
+        self.register_buffer("num_samples", torch.zeros((), device=device, dtype=torch.int64))
+        self.register_buffer("nominal_batch_size", torch.full((), batch_size or 0, device=device, dtype=torch.int64))
+        # This process's accumulation while several train together: DDP overwrites buffers with rank 0's.
+        self._rank_statistics: dict[str, Tensor] | None = None
+        # `update_statistics` sets it: accumulate whatever the policy is.
+        self._refreshing = False
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x, see the class."""
+        view, axis = self._as_samples_first(x)
+        weight, bias = self._affine(view, axis)
+        if self.training:
+            y = self._forward_training(view, axis, weight, bias)
+        else:
+            y = batch_layer_norm(
+                view,
+                weight,
+                bias,
+                feature_dim=axis,
+                flags=self.flags,
+                population=self._population_for(view, axis),
+                training=False,
+                batch_size=_constant(self.nominal_batch_size),
+                eps=self.eps,
+                statistics=self.statistics,
+            )
+        return self._as_given(y, x)
+
+    def _forward_training(self, x: Tensor, axis: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        batch_size = None if self.batch_size is None else _constant(self.nominal_batch_size)
+        samples: int | Tensor = x.shape[0]
+        if self.sync and _world_size() > 1:
+            from lightning_bln.ops.sync import sync_batch_layer_norm
+
+            y, own, samples = sync_batch_layer_norm(
+                x,
+                weight,
+                bias,
+                feature_dim=axis,
+                batch_size=batch_size,
+                eps=self.eps,
+                statistics=self.statistics,
+                group=self.process_group,
+            )
+        else:
+            y, own = batch_layer_norm(
+                x,
+                weight,
+                bias,
+                feature_dim=axis,
+                batch_size=batch_size,
+                eps=self.eps,
+                statistics=self.statistics,
+                return_statistics=True,
+            )
+        if x.numel() > 0 and (self.population != "precise" or self._refreshing) and not _recomputing():
+            self._record(own, x, axis, samples)
+        return y
+
+    def _as_samples_first(self, x: Tensor) -> tuple[Tensor, int]:
+        """A view of x with samples along axis 0 and one feature axis, and that axis."""
+        if not isinstance(self.num_features, int):
+            shape = self.num_features
+            if tuple(x.shape[-len(shape) :]) != shape or x.ndim <= len(shape):
+                raise ValueError(
+                    f"The input must end in the feature axes {shape} after a sample axis, got shape {tuple(x.shape)}; "
+                    f"pass shape (N, ..., {', '.join(map(str, shape))})."
+                )
+            x = x.flatten(-len(shape))
+        features = math.prod(self.num_features) if isinstance(self.num_features, tuple) else self.num_features
+        if self.sample_dim == 0:
+            return x, feature_axis(x, self.feature_dim, features)
+        sample = self.sample_dim + x.ndim if self.sample_dim < 0 else self.sample_dim
+        feature = self.feature_dim + x.ndim if self.feature_dim < 0 else self.feature_dim
+        if not 0 <= sample < x.ndim or sample == feature:
+            raise ValueError(
+                f"sample_dim must be an axis of the input other than the feature axis, got sample_dim="
+                f"{self.sample_dim}, feature_dim={self.feature_dim} and an input of shape {tuple(x.shape)}; pass "
+                f"(T, N, C) for sample_dim=1, feature_dim=-1."
+            )
+        x = x.transpose(0, sample)
+        return x, feature_axis(x, sample if feature == 0 else feature, features)
+
+    def _as_given(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.sample_dim != 0:
+            y = y.transpose(0, self.sample_dim if self.sample_dim > 0 else self.sample_dim + x.ndim)
+        return y.reshape(x.shape) if isinstance(self.num_features, tuple) else y
+
+    def _affine(self, x: Tensor, axis: int) -> tuple[Tensor | None, Tensor | None]:
+        weight = self.weight
+        if weight is None:
+            if self.gain == 1.0:
+                return None, None
+            return torch.full((x.shape[axis],), self.gain, dtype=accumulation_dtype(x.dtype), device=x.device), None
+        bias = self.bias
+        return weight.flatten(), None if bias is None else bias.flatten()
+
+    def _population_for(self, x: Tensor, axis: int) -> Population:
+        stats = [getattr(self, name) for name in RUNNING]
+        for flag, name, stat in zip(self.flags, RUNNING, stats, strict=True):
+            if flag and stat.numel():
+                self._check_sizes(name, stat, x, axis)
+        return Population(*(_constant(stat) if stat.numel() else None for stat in stats))
+
+    # ------------------------------------------------------------- accumulation
+
+    @property
+    def has_population(self) -> bool:
+        """Whether at least the batch statistics of a population exist."""
+        return self.running_batch_mean.numel() > 0
+
+    def start_epoch(self, epoch: int | None = None) -> bool:
+        """Begin a new accumulation with the next training batch; the statistics stay in place until then.
+
+        Args:
+            epoch: The epoch's number. If the current accumulation is already that epoch's, nothing happens. None
+                (default) always begins a new one.
+
+        Returns:
+            Whether a new accumulation begins.
+        """
+        if epoch is not None and epoch == self.epoch:
+            return False
+        self.epoch = epoch
+        with torch.no_grad():
+            self.num_samples.zero_()
+        self._rank_statistics = None
+        return True
+
+    def reset_statistics(self) -> None:
+        """Forget the population: shape (0,) again, as in a fresh layer."""
+        for name in RUNNING:
+            setattr(self, name, getattr(self, name).new_empty(0))
+        with torch.no_grad():
+            self.num_samples.zero_()
+            self.nominal_batch_size.fill_(self.batch_size or 0)
+        self.epoch = None
+        self._rank_statistics = None
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, and no population."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self.reset_statistics()
+
+    @torch.no_grad()
+    def _record(self, own: Statistics, x: Tensor, axis: int, samples: int | Tensor) -> None:
+        """Bring one mini-batch into the population statistics.
+
+        Args:
+            own: Its statistics, biased variances.
+            x: The input.
+            axis: The feature axis of x.
+            samples: B, over all processes where the statistics were.
+        """
+        if _world_size() > 1:
+            self._restore_rank_statistics()
+        positions = x.numel() // (x.shape[0] * x.shape[axis])
+        per_channel = self.statistics == "per_channel"
+        feature_mean, feature_var = own.feature_mean, own.feature_var
+        if per_channel:
+            feature_mean, feature_var = feature_mean.mean(), feature_var.mean()
+        elif self.feature_population == "pooled":
+            feature_mean, feature_var = feature_mean.mean(0), feature_var.mean(0)
+        values = (
+            own.batch_mean,
+            own.batch_var * _unbiased(samples * positions if per_channel else samples),
+            feature_mean,
+            feature_var * _unbiased(samples),
+        )
+
+        added = x.shape[0]
+        first = self.num_samples == 0
+        total = self.num_samples + added
+        cumulative = self.population != "ema" or self._refreshing
+        for name, value in zip(RUNNING, values, strict=True):
+            running, replace = self._fitting_buffer(name, value, x, axis)
+            rate = (added / total).to(running.dtype) if cumulative else self.momentum
+            value = value.to(running.dtype)
+            if replace:
+                running.copy_(value)
+            elif cumulative:
+                # where, not a rate of 1: an epoch that overflowed must not poison the next one.
+                running.copy_(torch.where(first, value, torch.lerp(running, value, rate)))
+            else:
+                running.lerp_(value, rate)
+        self.num_samples.copy_(total)
+        if self.batch_size is None:
+            largest = self.nominal_batch_size.clamp(min=samples)
+            self.nominal_batch_size.copy_(torch.where(first, torch.zeros_like(largest) + samples, largest))
+        if _world_size() > 1:
+            kept = (*RUNNING, "num_samples", "nominal_batch_size")
+            self._rank_statistics = {name: getattr(self, name).clone() for name in kept}
+
+    def _fitting_buffer(self, name: str, value: Tensor, x: Tensor, axis: int) -> tuple[Tensor, bool]:
+        """The buffer ``name`` in ``value``'s shape, and whether its content is to be replaced rather than averaged."""
+        running: Tensor = getattr(self, name)
+        if running.shape == value.shape:
+            return running, False
+        replace = True
+        # A normal tensor even if the first training batch comes under inference_mode: it is updated in place later.
+        with torch.inference_mode(False):
+            fitting = torch.empty(value.shape, dtype=running.dtype, device=value.device)
+            if running.numel() == 0:
+                if value.dtype == torch.float64:
+                    fitting = fitting.double()
+            elif running.ndim == 1 and "batch" in name and running.shape[0] == x.shape[axis]:
+                # One value for each feature, carried over from a BatchNorm: the same at every position.
+                fitting.copy_(expand_batch(running, x.ndim, axis).squeeze(0).expand_as(fitting))
+                replace = False
+            elif self.flags != StatFlags(False, False, False, False) and int(self.num_samples) > 0:
+                self._check_sizes(name, running, x, axis)
+        setattr(self, name, fitting)
+        return fitting, replace
+
+    def _check_sizes(self, name: str, stat: Tensor, x: Tensor, axis: int) -> None:
+        """Raise if a population statistic does not hold for the sizes of x."""
+        positions = tuple(size for d, size in enumerate(x.shape) if d not in (0, axis))
+        if "batch" in name:
+            if stat.ndim == 1 or tuple(stat.shape) == tuple(x.shape[1:]):
+                return
+            taken = tuple(size for d, size in enumerate(stat.shape, start=1) if d != axis)
+        elif self.statistics == "per_channel":
+            return
+        elif self.feature_population == "slot":
+            if tuple(stat.shape) == (x.shape[0], *positions):
+                return
+            if tuple(stat.shape[1:]) == positions:
+                raise ValueError(
+                    f"feature_population='slot' keeps one statistic for each sample slot, so every batch must have the "
+                    f"same size: {name} was taken over {stat.shape[0]} samples, this batch has {x.shape[0]}. Use "
+                    f"DataLoader(..., drop_last=True) or BatchLayerNorm(..., feature_population='pooled')."
+                )
+            taken = tuple(stat.shape[1:])
+        else:
+            if tuple(stat.shape) == positions:
+                return
+            taken = tuple(stat.shape)
+        raise ValueError(
+            f"Per-position population statistics hold for one input size: {name} was taken at positions {taken}, this "
+            f"input of shape {tuple(x.shape)} has positions {positions}. Use statistics='per_channel' "
+            f"(BLNSwap(statistics='per_channel')), which takes any size, resize the input to {taken}, or use "
+            f"mini-batch statistics only: set_flags_(model, 'FFFF')."
+        )
+
+    def _restore_rank_statistics(self) -> None:
+        if self._rank_statistics is not None:
+            for name, value in self._rank_statistics.items():
+                if getattr(self, name).shape == value.shape:
+                    getattr(self, name).copy_(value)
+                else:
+                    setattr(self, name, value.clone())
+        elif dist.get_rank() != 0:
+            # A partial epoch that was loaded counts once: rank 0 carries it.
+            self.num_samples.zero_()
+
+    # -------------------------------------------------------- state and moving
+
+    def config(self) -> dict[str, Any]:
+        """The layer's settings as plain types, as its checkpoint holds them."""
+        size = self.num_features
+        return {
+            "num_features": size if isinstance(size, int) else list(size),
+            "feature_dim": self.feature_dim,
+            "sample_dim": self.sample_dim,
+            "affine": self.affine,
+            "bias": self.bias is not None,
+            "statistics": self.statistics,
+            "feature_population": self.feature_population,
+            "eps": self.eps,
+            "flags": self.flags.code,
+            "population": self.population,
+            "momentum": self.momentum,
+            "batch_size": self.batch_size,
+            "gain": self.gain,
+            "sync": self.sync,
+        }
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Settings and epoch in plain types, so that weights-only loading accepts them."""
+        return {"config": self.config(), "epoch": self.epoch}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over flags, eps, population policy, nominal batch size and epoch from a checkpoint."""
+        config = state["config"]
+        for name in _ADOPTED:
+            setattr(self, name, StatFlags.parse(config[name]) if name == "flags" else config[name])
+        self.epoch = state["epoch"]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        where = prefix.rstrip(".") or "the layer"
+        if prefix + "running_mean" in state_dict and prefix + "running_batch_mean" not in state_dict:
+            error_msgs.append(
+                f"{where} is a BatchLayerNorm, but the checkpoint holds a BatchNorm there (running_mean); load the "
+                f"checkpoint first and swap then: model.load_state_dict(...); swap_norms_(model)."
+            )
+        problem = self._mismatch(state_dict.get(prefix + "_extra_state"))
+        if problem:
+            error_msgs.append(f"{where}: {problem}")
+            state_dict = {k: v for k, v in state_dict.items() if k != prefix + "_extra_state"}
+        for name in RUNNING:
+            value = state_dict.get(prefix + name)
+            if not isinstance(value, Tensor):
+                continue
+            if self._misfits(name, value):
+                error_msgs.append(
+                    f"{where}.{name} must be empty or hold {self.num_features} features, got shape "
+                    f"{tuple(value.shape)}; load the checkpoint of a model with the same layer sizes."
+                )
+                continue
+            own: Tensor = getattr(self, name)
+            if own.shape != value.shape:
+                # Population statistics take the sizes of the inputs they saw, so they load into any layer.
+                with torch.inference_mode(False):
+                    setattr(self, name, torch.empty(value.shape, dtype=own.dtype, device=own.device))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._rank_statistics = None
+
+    def _mismatch(self, state: Any) -> str | None:
+        """Why a checkpoint's extra state does not belong to this layer, or None."""
+        if state is None:
+            return None
+        config = state.get("config") if isinstance(state, dict) else None
+        own = self.config()
+        if not isinstance(config, dict) or set(config) != set(own) or "epoch" not in state:
+            return (
+                f"_extra_state must be the dict that BatchLayerNorm writes, got {type(state).__name__} {state!r:.80}; "
+                f"the checkpoint is damaged or of another layer."
+            )
+        different = {name: (config[name], own[name]) for name in _STRUCTURE if config[name] != own[name]}
+        if not different:
+            return None
+        listed = "; ".join(f"{name}={theirs!r} there, {ours!r} here" for name, (theirs, ours) in different.items())
+        arguments = ", ".join(f"{name}={theirs!r}" for name, (theirs, _) in different.items())
+        return (
+            f"the checkpoint's BatchLayerNorm must have the structure of the layer it is loaded into, got {listed}; "
+            f"build it with {arguments}, or rebuild the model with load_swapped_checkpoint(...)."
+        )
+
+    def _misfits(self, name: str, value: Tensor) -> bool:
+        if value.numel() == 0 and value.ndim == 1:
+            return False
+        if "batch" not in name:
+            return self.statistics == "per_channel" and value.ndim != 0
+        features = self.num_features if isinstance(self.num_features, int) else math.prod(self.num_features)
+        if self.statistics == "per_channel" or value.ndim < 2:
+            return tuple(value.shape) != (features,)
+        return features not in value.shape
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchLayerNorm:
+        before = {name: getattr(self, name) for name in RUNNING}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new: Tensor = getattr(self, name)
+            if new.dtype != accumulation_dtype(new.dtype):
+                # model.bfloat16() and Lightning's "bf16-true" convert buffers too; statistics stay in float32.
+                kept = accumulation_dtype(new.dtype)
+                moved = torch.empty_like(new, dtype=kept) if old.is_meta else old.to(device=new.device, dtype=kept)
+                setattr(self, name, moved)
+        if self._rank_statistics is not None:
+            self._rank_statistics = {
+                name: value.to(getattr(self, name)) for name, value in self._rank_statistics.items()
+            }
+        return self
+
+    def extra_repr(self) -> str:
+        """Settings for repr()."""
+        parts = [f"{self.num_features}", f"feature_dim={self.feature_dim}", f"eps={self.eps:g}"]
+        if self.sample_dim != 0:
+            parts.append(f"sample_dim={self.sample_dim}")
+        if self.weight is None:
+            parts.append("affine=False")
+        parts += [f"flags={self.flags.code}", f"statistics={self.statistics}"]
+        for name, default in (("feature_population", "pooled"), ("population", "epoch"), ("sync", False)):
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)}")
+        if self.batch_size is not None:
+            parts.append(f"batch_size={self.batch_size}")
+        return ", ".join(parts)
+
+
+def _check_arguments(
+    shape: tuple[int, ...],
+    chosen: dict[str, str],
+    eps: float,
+    momentum: float,
+    batch_size: int | None,
+    feature_dim: int,
+) -> None:
+    if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
+        raise ValueError(f"num_features must be 1 or more, got {shape}; call for example BatchLayerNorm(64).")
+    for name, value in chosen.items():
+        if value not in _CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, _CHOICES[name]))}, got {value!r}.")
+    if chosen["statistics"] == "per_channel" and chosen["feature_population"] == "slot":
+        raise ValueError(
+            "feature_population='slot' keeps one statistic for each sample slot and position, so it needs fixed sizes: "
+            "got it with statistics='per_channel'; use statistics='per_position' or feature_population='pooled'."
+        )
+    if eps <= 0:
+        raise ValueError(f"eps must be above 0, got {eps!r}; the paper's value is 1e-3.")
+    if not 0 < momentum <= 1:
+        raise ValueError(f"momentum is the weight of the new value, above 0 and at most 1, got {momentum!r}; say 0.1.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 or None for the samples in the batch, got {batch_size!r}.")
+    if len(shape) > 1 and feature_dim != -1:
+        raise ValueError(
+            f"Several feature axes {shape} are the last ones of the input, so feature_dim must be -1, got "
+            f"{feature_dim}; call BatchLayerNorm({shape}, feature_dim=-1)."
+        )
+
+
+def _constant(buffer: Tensor) -> Tensor:
+    """The buffer's present value; a copy where autograd keeps it, since DDP and training write into buffers."""
+    return buffer.clone() if torch.is_grad_enabled() else buffer
+
+
+def _unbiased(count: int | Tensor) -> float | Tensor:
+    """n / (n - 1), and 1 where n = 1, where the authors' layer divides by 0."""
+    if isinstance(count, Tensor):
+        return torch.where(count > 1, count / (count - 1).clamp(min=1), torch.ones_like(count))
+    return count / (count - 1) if count > 1 else 1.0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _recomputing() -> bool:
+    """Whether this forward is run again by the backward pass (activation checkpointing): it must not count twice."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

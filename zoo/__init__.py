@@ -1,0 +1,1 @@
+"""Models with Batch Layer Normalization."""
