@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_bln.averaging import align_averaged_copies, is_averaging
 from lightning_bln.flags import FlagsLike, StatFlags
 from lightning_bln.replay import CallRecorder
 from lightning_bln.statistics import merge_ranks_, start_epoch, update_statistics
@@ -18,8 +19,6 @@ from lightning_bln.surgery import bln_layers, set_flags_, swap_norms_
 from lightning_bln.swap_report import SwapEntry, SwapReport
 
 log = logging.getLogger("lightning.pytorch.lightning_bln")
-
-_AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
 
 
 class BLNSwap(pl.Callback):
@@ -33,7 +32,9 @@ class BLNSwap(pl.Callback):
     or rebuild the model with `load_swapped_checkpoint`. ``load_from_checkpoint`` by itself builds the model without
     the swap and then fails on the keys that it does not know.
 
-    Put it before averaging callbacks (EMA, SWA): they copy the model when they are set up.
+    Put it before averaging callbacks (EMA, SWA): they copy the model when they are set up. With a strategy that starts
+    its processes from this one (``ddp_spawn``, ``ddp_notebook``) call `swap_norms_` on the model before ``fit``
+    too: the processes swap their copies, and this process gets weights back, not layers.
 
     Args:
         flags: Inference flags; also set on what a checkpoint brings. None (default): `StatFlags()`, or a checkpoint's.
@@ -117,9 +118,11 @@ class BLNSwap(pl.Callback):
         self._passes = ()
         self._warn_about_averaging(trainer)
         self._swap(trainer, pl_module, missing_ok=True)
+        self._warn_about_spawned_processes(trainer, stage)
         # No callback hook lies between configure_model and the loading of a checkpoint or configure_optimizers.
         # An attribute of this one module, removed again when the run starts, puts the swap there.
-        if "configure_model" not in vars(pl_module):
+        builds = any(_overrides(pl_module, hook) for hook in ("setup", "configure_model"))
+        if builds and "configure_model" not in vars(pl_module):
             pl_module.configure_model = partial(  # type: ignore[method-assign]
                 _configure_and_swap, pl_module, partial(self._swap, trainer, missing_ok=True)
             )
@@ -184,12 +187,21 @@ class BLNSwap(pl.Callback):
     def _warn_about_averaging(self, trainer: pl.Trainer) -> None:
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
         for callback in callbacks[: callbacks.index(self)] if self in callbacks else []:
-            # By name: both namespaces, lightning.pytorch and pytorch_lightning, have these classes.
-            if any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__):
+            if is_averaging(callback):
                 rank_zero_warn(
                     f"BLNSwap must stand before {type(callback).__name__}, which copies the model when it is set up, "
                     f"got it after; write callbacks=[BLNSwap(), {type(callback).__name__}(...)]."
                 )
+
+    def _warn_about_spawned_processes(self, trainer: pl.Trainer, stage: str) -> None:
+        launcher = type(trainer.strategy.launcher).__name__
+        if stage == "fit" and self._passes and "MultiProcessing" in launcher:
+            rank_zero_warn(
+                "The model in the main process must be swapped too, got one that is swapped in the processes that "
+                f"{type(trainer.strategy).__name__} starts only: after fit it would be the old "
+                "model with the new weights. Call swap_norms_(model, ...) before trainer.fit(model), or read the "
+                "checkpoint with load_swapped_checkpoint(...)."
+            )
 
     # -------------------------------------------------------------- statistics
 
@@ -213,10 +225,11 @@ class BLNSwap(pl.Callback):
         if self._recorder is not None:
             self._recorder.begin_batch()
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """The batch's calls are complete."""
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """The batch's calls are complete; averaging callbacks come next."""
         if self._recorder is not None:
             self._recorder.end_batch()
+        self._align_copies(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation inside fit uses the statistics of all processes, of the epoch so far."""
@@ -229,6 +242,15 @@ class BLNSwap(pl.Callback):
         """The epoch's statistics are final; checkpoint callbacks run after this."""
         self._close_statistics(trainer, pl_module)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """An averaging callback writes its copy of the model next."""
+        self._align_copies(trainer, pl_module)
+
+    def _align_copies(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        align_averaged_copies(trainer.callbacks, pl_module)  # type: ignore[attr-defined]
+
     def _close_statistics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._recorder is None:
             merge_ranks_(pl_module)
@@ -236,6 +258,7 @@ class BLNSwap(pl.Callback):
             with trainer.precision_plugin.forward_context():
                 update_statistics(pl_module, list(self._recorder.batches), forward=self._recorder.replay)
             self._refreshed_at = trainer.global_step
+        self._align_copies(trainer, pl_module)
 
     def _close_recorder(self) -> None:
         if self._recorder is not None:
@@ -247,6 +270,11 @@ def _configure_and_swap(pl_module: pl.LightningModule, swap: Callable[[pl.Lightn
     """What stands in for ``pl_module.configure_model`` until the run starts."""
     type(pl_module).configure_model(pl_module)
     swap(pl_module)
+
+
+def _overrides(pl_module: pl.LightningModule, hook: str) -> bool:
+    defined_in = getattr(type(pl_module), hook).__module__.split(".")[0]
+    return defined_in not in ("lightning", "pytorch_lightning")
 
 
 def _sync_batchnorm(trainer: pl.Trainer) -> bool:

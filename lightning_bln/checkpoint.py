@@ -66,7 +66,7 @@ def _read_state_dict(path: str | PathLike[str], map_location: Any) -> dict[str, 
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"A checkpoint must be a complete Lightning checkpoint of plain types, got {path}, which cannot be read "
-            f"({str(error).splitlines()[0]}); {right}."
+            f"({(str(error) or type(error).__name__).splitlines()[0]}); {right}."
         ) from error
     state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict):

@@ -485,13 +485,12 @@ class BatchLayerNorm(nn.Module):
         """Why a checkpoint's extra state does not belong to this layer, or None."""
         if state is None:
             return None
-        config = state.get("config") if isinstance(state, dict) else None
-        own = self.config()
-        if not isinstance(config, dict) or set(config) != set(own) or "epoch" not in state:
+        if not is_extra_state(state):
             return (
                 f"_extra_state must be the dict that BatchLayerNorm writes, got {type(state).__name__} {state!r:.80}; "
                 f"the checkpoint is damaged or of another layer."
             )
+        config, own = state["config"], self.config()
         different = {name: (config[name], own[name]) for name in _STRUCTURE if config[name] != own[name]}
         if not different:
             return None
@@ -542,6 +541,12 @@ class BatchLayerNorm(nn.Module):
         if self.batch_size is not None:
             parts.append(f"batch_size={self.batch_size}")
         return ", ".join(parts)
+
+
+def is_extra_state(state: Any) -> bool:
+    """Whether a checkpoint's entry is what `BatchLayerNorm.get_extra_state` writes."""
+    config = state.get("config") if isinstance(state, dict) else None
+    return isinstance(config, dict) and {*_STRUCTURE, *_ADOPTED, "sync"} == set(config) and "epoch" in state
 
 
 def _check_arguments(

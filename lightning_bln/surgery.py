@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_bln.flags import FlagsLike, StatFlags
-from lightning_bln.layer import BatchLayerNorm
+from lightning_bln.layer import BatchLayerNorm, is_extra_state
 from lightning_bln.norm_kinds import (
     FAMILIES,
     KINDS,
@@ -169,12 +169,17 @@ def restore_swaps_(model: nn.Module, state_dict: Mapping[str, Any]) -> SwapRepor
         ValueError: If the state_dict holds no `BatchLayerNorm`, or one where the model has no normalization layer.
             The model is then unchanged.
     """
-    suffix = "_extra_state"
-    configs = {
-        key[: -len(suffix)].rstrip("."): value["config"]
-        for key, value in state_dict.items()
-        if key.endswith(suffix) and isinstance(value, dict) and {"config", "epoch"} <= set(value)
-    }
+    # A layer is told by its population; the root module's own entries have no prefix.
+    suffix = "running_batch_mean"
+    prefixes = [key[: -len(suffix)] for key in state_dict if key == suffix or key.endswith("." + suffix)]
+    states = {prefix.rstrip("."): state_dict.get(prefix + "_extra_state") for prefix in prefixes}
+    damaged = [name for name, state in states.items() if not is_extra_state(state)]
+    if damaged:
+        raise ValueError(
+            f"Every BatchLayerNorm of a checkpoint must have its settings beside its tensors, got {damaged[0]!r} with "
+            f"_extra_state {states[damaged[0]]!r:.80}; the checkpoint is damaged, load another one."
+        )
+    configs = {name: state["config"] for name, state in states.items() if state is not None}
     if not configs:
         raise ValueError(
             "The state_dict must be of a model swapped to BatchLayerNorm, got one that holds none "
