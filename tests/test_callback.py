@@ -284,7 +284,7 @@ class TestEpochs:
         assert not model.net[1].training
         assert equal(frozen, statistics(model))
 
-    def test_learning_rate_finder_and_batch_size_finder_restore_the_model(self) -> None:
+    def test_learning_rate_finder_and_batch_size_finder_restore_the_model(self, tmp_path: Path) -> None:
         class Sized(LitNet):
             batch_size = 2
 
@@ -295,7 +295,7 @@ class TestEpochs:
                 return loader(24, seed=1)
 
         model = Sized()
-        run = trainer(BLNSwap(), max_epochs=1)
+        run = trainer(BLNSwap(), max_epochs=1, default_root_dir=tmp_path)
         Tuner(run).lr_find(model, num_training=3, update_attr=False)
         Tuner(run).scale_batch_size(model, max_trials=2, steps_per_trial=2)
         run = trainer(BLNSwap(), max_epochs=1)

@@ -1,0 +1,65 @@
+"""CIFAR ResNets: the paper's sizes, every norm, the swap."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from lightning_bln import BatchLayerNorm, swap_norms_
+
+
+@pytest.mark.parametrize("name", zoo.list_models())
+def test_every_listed_model_runs_trains_and_round_trips(name: str) -> None:
+    model = zoo.create_model(name, num_classes=7)
+    x = torch.randn(3, 3, 32, 32)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    twin = zoo.create_model(name, num_classes=7)
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        y = model.eval()(x)
+        assert y.shape == (3, 7)
+        assert torch.equal(y, twin.eval()(x))
+
+
+@pytest.mark.parametrize(("name", "millions"), [("20", 0.27), ("32", 0.46), ("44", 0.66), ("56", 0.85)])
+def test_sizes_are_those_of_the_paper(name: str, millions: float) -> None:
+    model = zoo.create_model(f"resnet{name}_bn")
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == int(name)
+
+
+def test_all_norms_give_the_same_network_around_them() -> None:
+    shapes = {
+        norm: [p.shape for p in zoo.create_model(f"resnet20_{norm}").parameters()] for norm in ("bln", "bn", "ln", "gn")
+    }
+    assert shapes["bln"] == shapes["bn"] == shapes["ln"] == shapes["gn"]
+
+
+def test_a_swapped_twin_equals_the_bln_model() -> None:
+    torch.manual_seed(0)
+    model = zoo.create_model("resnet20_bln")
+    torch.manual_seed(0)
+    swapped = zoo.create_model("resnet20_bn")
+    swap_norms_(swapped)
+    x = torch.randn(4, 3, 16, 16)
+    assert torch.equal(model(x), swapped(x))
+
+
+def test_a_norm_of_ones_own() -> None:
+    model = zoo.resnet.resnet20(norm=lambda channels: BatchLayerNorm(channels, statistics="per_channel"))
+    assert model.norm1.statistics == "per_channel"
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match=r"no model named 'resnet20_blm'; did you mean 'resnet20_bln'"):
+        zoo.create_model("resnet20_blm")
+    with pytest.raises(ValueError, match=r"no model named 'xyz'; zoo.list_models\(\)"):
+        zoo.create_model("xyz")
+    with pytest.raises(ValueError, match="norm must be one of 'bln'"):
+        zoo.resnet.resnet20(norm="batch")
+    with pytest.raises(ValueError, match="depth must be 6n"):
+        zoo.resnet.CifarResNet(21)

@@ -1,0 +1,52 @@
+"""The zoo's choice of normalization layers for feature maps (N, C, H, W)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from lightning_bln import BatchLayerNorm
+
+NORMS = ("bln", "bn", "ln", "gn")
+Norm = str | Callable[[int], nn.Module]
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the channels of each position of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over axis 1."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def norm_layer(norm: Norm, channels: int) -> nn.Module:
+    """A normalization layer for ``channels`` channels.
+
+    "bln" starts with weight sqrt(C), which cancels the layer's 1/sqrt(C), so that its output has the scale of the
+    others'; "gn" has up to 8 groups.
+
+    Args:
+        norm: "bln", "bn", "ln", "gn", or a callable that takes the number of channels.
+        channels: C.
+
+    Returns:
+        The layer.
+
+    Raises:
+        ValueError: If the name is not known.
+    """
+    if callable(norm):
+        return norm(channels)
+    if norm == "bln":
+        layer = BatchLayerNorm(channels, eps=1e-5)
+        nn.init.constant_(layer.get_parameter("weight"), math.sqrt(channels))
+        return layer
+    if norm == "bn":
+        return nn.BatchNorm2d(channels)
+    if norm == "ln":
+        return ChannelLayerNorm(channels)
+    if norm == "gn":
+        return nn.GroupNorm(math.gcd(8, channels), channels)
+    raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))} or a callable, got {norm!r}.")
