@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from typing import Union
 
 # Union, not "|": the alias is evaluated when the module is imported, on Python 3.10 too.
 FlagsLike = Union["StatFlags", str, Mapping[str, bool], Sequence[bool]]
+
+# Written out, not read from the dataclass: torch.compile traces it in every supported version.
+_NAMES = ("batch_moving_mean", "batch_moving_var", "feature_moving_mean", "feature_moving_var")
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,8 @@ class StatFlags:
         for separator in ",;-":
             words = words.replace(separator, " ")
         parts = words.split()
-        if len(parts) == 1:
-            parts = list(parts[0])
+        if len("".join(parts)) == 4:
+            parts = list("".join(parts))
         if len(parts) != 4 or any(part not in letters for part in parts):
             raise ValueError(
                 f"StatFlags are four letters T (population) or F (mini-batch) in the order {', '.join(cls.names())}, "
@@ -114,7 +117,7 @@ class StatFlags:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The flags' names in canonical order."""
-        return tuple(field.name for field in fields(cls))
+        return _NAMES
 
     @classmethod
     def all(cls) -> Iterator[StatFlags]:
@@ -129,7 +132,7 @@ class StatFlags:
     @property
     def code(self) -> str:
         """The four letters, such as ``"TTFF"``."""
-        return "".join("T" if value else "F" for value in astuple(self))
+        return "".join("T" if value else "F" for value in self)
 
     def to_dict(self) -> dict[str, bool]:
         """The flags as a plain dict in canonical order, as checkpoints and studies hold them."""
