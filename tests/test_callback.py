@@ -477,3 +477,45 @@ class TestDistributed:
         run = trainer(swap, strategy="ddp_spawn", devices=2)
         with pytest.warns(UserWarning, match=r"swapped too.*DDPStrategy.*Call swap_norms_\(model"):
             swap.setup(run, model, "fit")
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    def val_dataloader(self) -> Any:
+        return loader(24, seed=1)
+
+
+class CLINet(LitNet):
+    """Leaves its optimizer to LightningCLI, which makes it from model.parameters() before anything is swapped."""
+
+    configure_optimizers = pl.LightningModule.configure_optimizers
+
+
+# Lightning's own use of jsonargparse.
+@pytest.mark.filterwarnings(r"ignore:\s*By default only one Jsonargparse:DeprecationWarning")
+def test_lightning_cli_configures_the_callback_and_its_early_optimizer_trains_the_new_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    arguments = [
+        "train.py",
+        "fit",
+        "--optimizer=SGD",
+        "--optimizer.lr=0.05",
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+    ]
+    arguments += ["--trainer.callbacks=lightning_bln.BLNSwap", "--trainer.callbacks.flags=TFTF"]
+    arguments += ["--trainer.callbacks.statistics=per_channel", "--trainer.logger=false"]
+    arguments += ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    cli = LightningCLI(CLINet, Data, save_config_callback=None, seed_everything_default=False)
+    layer = cli.model.net[1]
+    assert isinstance(layer, BatchLayerNorm)
+    assert (layer.flags.code, layer.statistics) == ("TFTF", "per_channel")
+    assert not torch.equal(layer.weight, torch.full_like(layer.weight, 2.0)), "sqrt(4) is the start value"
+    optimized = {id(p) for group in cli.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert {id(p) for p in cli.model.parameters()} == optimized
