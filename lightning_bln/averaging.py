@@ -20,6 +20,11 @@ def is_averaging(callback: Any) -> bool:
     return any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__)
 
 
+def needs_refresh(callback: Any) -> bool:
+    """Whether a callback averages parameters only (SWA), so that statistics must be recomputed afterwards."""
+    return any(cls.__name__ == "StochasticWeightAveraging" for cls in type(callback).__mro__)
+
+
 def align_averaged_copies(callbacks: Iterable[Any], model: nn.Module) -> None:
     """Give the averaged copies the model's statistics' shapes, and its counts.
 

@@ -11,10 +11,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_bln.averaging import align_averaged_copies, is_averaging
+from lightning_bln.averaging import align_averaged_copies, is_averaging, needs_refresh
 from lightning_bln.flags import FlagsLike, StatFlags
 from lightning_bln.replay import CallRecorder
-from lightning_bln.statistics import merge_ranks_, start_epoch, update_statistics
+from lightning_bln.statistics import merge_ranks_, recompute_statistics, start_epoch
 from lightning_bln.surgery import bln_layers, set_flags_, swap_norms_
 from lightning_bln.swap_report import SwapEntry, SwapReport
 
@@ -32,7 +32,8 @@ class BLNSwap(pl.Callback):
     or rebuild the model with `load_swapped_checkpoint`. ``load_from_checkpoint`` by itself builds the model without
     the swap and then fails on the keys that it does not know.
 
-    Put it before averaging callbacks (EMA, SWA): they copy the model when they are set up. With a strategy that starts
+    Put it before averaging callbacks (EMA, SWA): they copy the model when they are set up. After SWA call
+    `update_statistics`: it averages parameters only. With a strategy that starts
     its processes from this one (``ddp_spawn``, ``ddp_notebook``) call `swap_norms_` on the model before ``fit``
     too: the processes swap their copies, and this process gets weights back, not layers.
 
@@ -103,12 +104,15 @@ class BLNSwap(pl.Callback):
         self.precise_batches = precise_batches
         self.report: SwapReport | None = None
         # Settings that cannot work fail here and not in the middle of a run.
-        swap_norms_(nn.Sequential(nn.BatchNorm1d(1)), sync=sync, missing_ok=True, **self.swap_arguments)
+        checked = self.swap_arguments | {"filter_fn": None}
+        swap_norms_(nn.Sequential(nn.BatchNorm1d(1)), sync=sync, missing_ok=True, **checked)
         self._ready = False
         self._passes: tuple[SwapEntry, ...] = ()
         self._epoch: int | None = None
         self._refreshed_at: int | None = None
         self._recorder: CallRecorder | None = None
+        self._averaging = False
+        self._aligned = True
 
     # ----------------------------------------------------------------- surgery
 
@@ -117,23 +121,31 @@ class BLNSwap(pl.Callback):
         self._ready = False
         self._passes = ()
         self._warn_about_averaging(trainer)
-        self._swap(trainer, pl_module, missing_ok=True)
+        if not any(_overrides(pl_module, hook) for hook in ("setup", "configure_model")):
+            self._swap(trainer, pl_module, missing_ok=False)
+        else:
+            # Not now: a pattern may be for layers that are yet to be built. But averaging callbacks copy the model now.
+            averaging = any(is_averaging(callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+            if averaging:
+                self._swap(trainer, pl_module, missing_ok=True)
+            # No callback hook lies between configure_model and the loading of a checkpoint or configure_optimizers.
+            # An attribute of this one module, removed again when the run starts, puts the swap there.
+            if "configure_model" not in vars(pl_module):
+                swap = partial(self._swap, trainer, missing_ok=averaging)
+                pl_module.configure_model = _ConfigureAndSwap(  # type: ignore[method-assign]
+                    _configure_and_swap, pl_module, swap
+                )
         self._warn_about_spawned_processes(trainer, stage)
-        # No callback hook lies between configure_model and the loading of a checkpoint or configure_optimizers.
-        # An attribute of this one module, removed again when the run starts, puts the swap there.
-        builds = any(_overrides(pl_module, hook) for hook in ("setup", "configure_model"))
-        if builds and "configure_model" not in vars(pl_module):
-            pl_module.configure_model = partial(  # type: ignore[method-assign]
-                _configure_and_swap, pl_module, partial(self._swap, trainer, missing_ok=True)
-            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The model is complete: it must have something swapped by now."""
         self._start(trainer, pl_module)
         self._epoch = None
         self._refreshed_at = None
-        if self.population == "precise":
-            self._close_recorder()
+        self._averaging = any(is_averaging(callback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        # The layers' own policy counts: a checkpoint, or a swap before this one, may have brought another.
+        self._close_recorder()
+        if any(layer.population == "precise" for layer in bln_layers(pl_module).values()):
             self._recorder = CallRecorder(pl_module, self.precise_batches)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -172,6 +184,7 @@ class BLNSwap(pl.Callback):
         self._swap(trainer, pl_module, missing_ok=False)
         if self.flags is not None:
             set_flags_(pl_module, self.flags)
+        self._warn_about_other_settings(pl_module)
         self._ready = True
 
     def _tidy(self, pl_module: pl.LightningModule) -> None:
@@ -181,11 +194,29 @@ class BLNSwap(pl.Callback):
 
     def _remove_wrapper(self, pl_module: pl.LightningModule) -> None:
         wrapper = vars(pl_module).get("configure_model")
-        if isinstance(wrapper, partial) and wrapper.func is _configure_and_swap:
+        if isinstance(wrapper, _ConfigureAndSwap):
             del pl_module.configure_model
+
+    def _warn_about_other_settings(self, pl_module: pl.LightningModule) -> None:
+        names = ("population", "momentum", "batch_size")
+        for name, layer in bln_layers(pl_module).items():
+            other = {n: getattr(layer, n) for n in names if getattr(layer, n) != self.swap_arguments[n]}
+            if other:
+                kept = ", ".join(f"{n}={value!r}" for n, value in other.items())
+                asked = ", ".join(f"{n}={self.swap_arguments[n]!r}" for n in other)
+                rank_zero_warn(
+                    f"A layer that was swapped before, or that a checkpoint brought, keeps its settings: {name!r} has "
+                    f"{kept}, this BLNSwap has {asked}. Write BLNSwap({kept}), or set the attributes of the layers."
+                )
+                return
 
     def _warn_about_averaging(self, trainer: pl.Trainer) -> None:
         callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+        if any(needs_refresh(callback) for callback in callbacks):
+            rank_zero_warn(
+                "The averaged weights of StochasticWeightAveraging must get population statistics of their own, got "
+                "those of the last epoch's weights: call update_statistics(model, train_dataloader) after fit."
+            )
         for callback in callbacks[: callbacks.index(self)] if self in callbacks else []:
             if is_averaging(callback):
                 rank_zero_warn(
@@ -222,6 +253,9 @@ class BLNSwap(pl.Callback):
         if trainer.current_epoch != self._epoch:
             start_epoch(pl_module, trainer.current_epoch)
             self._epoch = trainer.current_epoch
+            self._aligned = not self._averaging
+            if self._recorder is not None:
+                self._recorder.batches.clear()  # a run resumed here has none of the last epoch's either
         if self._recorder is not None:
             self._recorder.begin_batch()
 
@@ -229,7 +263,9 @@ class BLNSwap(pl.Callback):
         """The batch's calls are complete; averaging callbacks come next."""
         if self._recorder is not None:
             self._recorder.end_batch()
-        self._align_copies(trainer, pl_module)
+        if not self._aligned:  # the shapes are known from an epoch's first batch on
+            self._align_copies(trainer, pl_module)
+            self._aligned = True
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation inside fit uses the statistics of all processes, of the epoch so far."""
@@ -256,7 +292,10 @@ class BLNSwap(pl.Callback):
             merge_ranks_(pl_module)
         elif self._recorder.batches and self._refreshed_at != trainer.global_step:
             with trainer.precision_plugin.forward_context():
-                update_statistics(pl_module, list(self._recorder.batches), forward=self._recorder.replay)
+                modes = self._recorder.modes
+                layers = [layer for layer in bln_layers(pl_module).values() if modes[layer]]
+                batches = list(self._recorder.batches)
+                recompute_statistics(pl_module, layers, batches, self._recorder.replay, modes)
             self._refreshed_at = trainer.global_step
         self._align_copies(trainer, pl_module)
 
@@ -266,8 +305,19 @@ class BLNSwap(pl.Callback):
             self._recorder = None
 
 
+class _ConfigureAndSwap(partial):  # type: ignore[type-arg]
+    """What stands in for ``pl_module.configure_model`` until the run starts; a partial, which Lightning can inspect."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[], None]:
+        # A copy of the module is configured already, and must not copy the trainer that this refers to.
+        return partial(_nothing)
+
+
+def _nothing() -> None:
+    pass
+
+
 def _configure_and_swap(pl_module: pl.LightningModule, swap: Callable[[pl.LightningModule], None]) -> None:
-    """What stands in for ``pl_module.configure_model`` until the run starts."""
     type(pl_module).configure_model(pl_module)
     swap(pl_module)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import pickle
+import re
 import warnings
-import zipfile
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -39,16 +38,21 @@ def load_swapped_checkpoint(lit_class: type[Module], path: str | PathLike[str], 
     Example:
         >>> model = load_swapped_checkpoint(LitModel, "best.ckpt")  # doctest: +SKIP
     """
+    fixed = sorted({"strict", "weights_only"} & set(kwargs))
+    if fixed:
+        raise TypeError(
+            f"load_swapped_checkpoint always loads strictly and plain types only, got {fixed}; leave it out."
+        )
     state_dict = _read_state_dict(path, kwargs.get("map_location"))
     load: Any = lit_class.load_from_checkpoint  # type: ignore[attr-defined]
     if "weights_only" in inspect.signature(load).parameters:  # older Lightning would hand it to the class
         kwargs["weights_only"] = True
-    with warnings.catch_warnings():
-        # Not strict, so that the unswapped model takes what it knows; everything is loaded strictly below.
-        warnings.filterwarnings("ignore", message="Found keys that are (not )?in the ")
-        model: Module = load(path, strict=False, **kwargs)
-    restore_swaps_(model, state_dict)
     try:
+        with warnings.catch_warnings():
+            # Not strict, so that the unswapped model takes what it knows; everything is loaded strictly below.
+            warnings.filterwarnings("ignore", message="Found keys that are (not )?in the ")
+            model: Module = load(path, strict=False, **kwargs)
+        restore_swaps_(model, state_dict)
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise ValueError(
@@ -59,14 +63,15 @@ def load_swapped_checkpoint(lit_class: type[Module], path: str | PathLike[str], 
 
 def _read_state_dict(path: str | PathLike[str], map_location: Any) -> dict[str, Any]:
     right = "pass the path of a .ckpt file that a Trainer with BLNSwap() wrote"
+    hyper = "hyper-parameters must be numbers, strings, lists and the like"
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file can raise nearly anything (KeyError, EOFError, UnpicklingError, ...)
         raise ValueError(
             f"A checkpoint must be a complete Lightning checkpoint of plain types, got {path}, which cannot be read "
-            f"({(str(error) or type(error).__name__).splitlines()[0]}); {right}."
+            f"({_first_line(error)}); {right}, and whose {hyper}."
         ) from error
     state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict):
@@ -75,3 +80,8 @@ def _read_state_dict(path: str | PathLike[str], map_location: Any) -> dict[str, 
             f"{sorted(map(str, checkpoint))[:8] if isinstance(checkpoint, dict) else ''}; {right}."
         )
     return state_dict
+
+
+def _first_line(error: Exception) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__
+    return f"{type(error).__name__}: {text.splitlines()[0]}"

@@ -17,6 +17,9 @@ from lightning_bln.ops.reference import accumulation_dtype, expand_batch
 RUNNING = ("running_batch_mean", "running_batch_var", "running_feature_mean", "running_feature_var")
 """Names of the population buffers, in the order of the flags."""
 
+STATE = (*RUNNING, "num_samples", "nominal_batch_size")
+"""Names of all buffers: the population and what it was taken over."""
+
 _CHOICES = {
     "statistics": ("per_position", "per_channel"),
     "feature_population": ("pooled", "slot"),
@@ -181,10 +184,13 @@ class BatchLayerNorm(nn.Module):
     def _forward_training(self, x: Tensor, axis: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         batch_size = None if self.batch_size is None else _constant(self.nominal_batch_size)
         samples: int | Tensor = x.shape[0]
+        values: int | Tensor = x.shape[0]
+        if self.statistics == "per_channel":
+            values = x.numel() // x.shape[axis]
         if self.sync and _world_size() > 1:
             from lightning_bln.ops.sync import sync_batch_layer_norm
 
-            y, own, samples = sync_batch_layer_norm(
+            y, own, samples, values = sync_batch_layer_norm(
                 x,
                 weight,
                 bias,
@@ -205,8 +211,8 @@ class BatchLayerNorm(nn.Module):
                 statistics=self.statistics,
                 return_statistics=True,
             )
-        if x.numel() > 0 and (self.population != "precise" or self._refreshing) and not _recomputing():
-            self._record(own, x, axis, samples)
+        if x.numel() > 0 and (self.population != "precise" or self._refreshing) and not recomputing():
+            self._record(own, x, axis, samples, values)
         return y
 
     def _as_samples_first(self, x: Tensor) -> tuple[Tensor, int]:
@@ -248,11 +254,14 @@ class BatchLayerNorm(nn.Module):
         return weight.flatten(), None if bias is None else bias.flatten()
 
     def _population_for(self, x: Tensor, axis: int) -> Population:
-        stats = [getattr(self, name) for name in RUNNING]
-        for flag, name, stat in zip(self.flags, RUNNING, stats, strict=True):
-            if flag and stat.numel():
+        chosen: list[Tensor | None] = []
+        for flag, name in zip(self.flags, RUNNING, strict=True):
+            stat: Tensor = getattr(self, name)
+            use = flag and stat.numel() > 0
+            if use:
                 self._check_sizes(name, stat, x, axis)
-        return Population(*(_constant(stat) if stat.numel() else None for stat in stats))
+            chosen.append(_constant(stat) if use else None)
+        return Population(*chosen)
 
     # ------------------------------------------------------------- accumulation
 
@@ -298,7 +307,7 @@ class BatchLayerNorm(nn.Module):
         self.reset_statistics()
 
     @torch.no_grad()
-    def _record(self, own: Statistics, x: Tensor, axis: int, samples: int | Tensor) -> None:
+    def _record(self, own: Statistics, x: Tensor, axis: int, samples: int | Tensor, values: int | Tensor) -> None:
         """Bring one mini-batch into the population statistics.
 
         Args:
@@ -306,66 +315,67 @@ class BatchLayerNorm(nn.Module):
             x: The input.
             axis: The feature axis of x.
             samples: B, over all processes where the statistics were.
+            values: How many values each batch statistic was taken over.
         """
         if _world_size() > 1:
             self._restore_rank_statistics()
-        positions = x.numel() // (x.shape[0] * x.shape[axis])
-        per_channel = self.statistics == "per_channel"
+        dtype = own.batch_mean.dtype
         feature_mean, feature_var = own.feature_mean, own.feature_var
-        if per_channel:
+        if self.statistics == "per_channel":
             feature_mean, feature_var = feature_mean.mean(), feature_var.mean()
         elif self.feature_population == "pooled":
             feature_mean, feature_var = feature_mean.mean(0), feature_var.mean(0)
-        values = (
+        news = (
             own.batch_mean,
-            own.batch_var * _unbiased(samples * positions if per_channel else samples),
+            own.batch_var * _unbiased(values, dtype),
             feature_mean,
-            feature_var * _unbiased(samples),
+            feature_var * _unbiased(samples, dtype),
         )
+        # All four are looked at before any is written: a size that does not fit leaves the statistics as they were.
+        buffers = [self._fitting_buffer(name, new, x, axis) for name, new in zip(RUNNING, news, strict=True)]
+        if any(fit == "restart" for _, fit in buffers):
+            self.num_samples.zero_()
 
         added = x.shape[0]
         first = self.num_samples == 0
         total = self.num_samples + added
         cumulative = self.population != "ema" or self._refreshing
-        for name, value in zip(RUNNING, values, strict=True):
-            running, replace = self._fitting_buffer(name, value, x, axis)
-            rate = (added / total).to(running.dtype) if cumulative else self.momentum
-            value = value.to(running.dtype)
-            if replace:
-                running.copy_(value)
+        # In the statistics' dtype: counts above 65504 are infinite in float16, the default under "16-true".
+        rate = added / total.to(dtype)
+        for name, new, (running, fit) in zip(RUNNING, news, buffers, strict=True):
+            setattr(self, name, running)
+            new = new.to(running.dtype)
+            if fit in ("new", "restart"):
+                running.copy_(new)
             elif cumulative:
                 # where, not a rate of 1: an epoch that overflowed must not poison the next one.
-                running.copy_(torch.where(first, value, torch.lerp(running, value, rate)))
+                running.copy_(torch.where(first, new, torch.lerp(running, new, rate.to(running.dtype))))
             else:
-                running.lerp_(value, rate)
+                running.lerp_(new, self.momentum)
         self.num_samples.copy_(total)
         if self.batch_size is None:
             largest = self.nominal_batch_size.clamp(min=samples)
             self.nominal_batch_size.copy_(torch.where(first, torch.zeros_like(largest) + samples, largest))
         if _world_size() > 1:
-            kept = (*RUNNING, "num_samples", "nominal_batch_size")
-            self._rank_statistics = {name: getattr(self, name).clone() for name in kept}
+            self._rank_statistics = {name: getattr(self, name).clone() for name in STATE}
 
-    def _fitting_buffer(self, name: str, value: Tensor, x: Tensor, axis: int) -> tuple[Tensor, bool]:
-        """The buffer ``name`` in ``value``'s shape, and whether its content is to be replaced rather than averaged."""
+    def _fitting_buffer(self, name: str, new: Tensor, x: Tensor, axis: int) -> tuple[Tensor, str]:
+        """The buffer ``name`` in ``new``'s shape, and "fits", "new", "spread" or "restart" (of another size before)."""
         running: Tensor = getattr(self, name)
-        if running.shape == value.shape:
-            return running, False
-        replace = True
+        if running.shape == new.shape:
+            return running, "fits"
         # A normal tensor even if the first training batch comes under inference_mode: it is updated in place later.
         with torch.inference_mode(False):
-            fitting = torch.empty(value.shape, dtype=running.dtype, device=value.device)
+            dtype = torch.promote_types(running.dtype, new.dtype)
+            fitting = torch.empty(new.shape, dtype=dtype, device=new.device)
             if running.numel() == 0:
-                if value.dtype == torch.float64:
-                    fitting = fitting.double()
-            elif running.ndim == 1 and "batch" in name and running.shape[0] == x.shape[axis]:
+                return fitting, "new"
+            if running.ndim == 1 and "batch" in name and running.shape[0] == x.shape[axis]:
                 # One value for each feature, carried over from a BatchNorm: the same at every position.
-                fitting.copy_(expand_batch(running, x.ndim, axis).squeeze(0).expand_as(fitting))
-                replace = False
-            elif self.flags != StatFlags(False, False, False, False) and int(self.num_samples) > 0:
-                self._check_sizes(name, running, x, axis)
-        setattr(self, name, fitting)
-        return fitting, replace
+                return fitting.copy_(expand_batch(running, x.ndim, axis).squeeze(0).expand_as(fitting)), "spread"
+        if self.flags != StatFlags(False, False, False, False) and int(self.num_samples) > 0:
+            self._check_sizes(name, running, x, axis)
+        return fitting, "restart"
 
     def _check_sizes(self, name: str, stat: Tensor, x: Tensor, axis: int) -> None:
         """Raise if a population statistic does not hold for the sizes of x."""
@@ -421,7 +431,7 @@ class BatchLayerNorm(nn.Module):
             "bias": self.bias is not None,
             "statistics": self.statistics,
             "feature_population": self.feature_population,
-            "eps": self.eps,
+            "eps": float(self.eps),
             "flags": self.flags.code,
             "population": self.population,
             "momentum": self.momentum,
@@ -452,12 +462,16 @@ class BatchLayerNorm(nn.Module):
         error_msgs: list[str],
     ) -> None:
         where = prefix.rstrip(".") or "the layer"
-        if prefix + "running_mean" in state_dict and prefix + "running_batch_mean" not in state_dict:
+        foreign = [name for name in ("running_mean", "weight") if prefix + name in state_dict]
+        if foreign and prefix + "running_batch_mean" not in state_dict:
+            held = "BatchNorm" if foreign[0] == "running_mean" else "LayerNorm or the like"
             error_msgs.append(
-                f"{where} is a BatchLayerNorm, but the checkpoint holds a BatchNorm there (running_mean); load the "
-                f"checkpoint first and swap then: model.load_state_dict(...); swap_norms_(model)."
+                f"{where} is a BatchLayerNorm, but the checkpoint holds a {held} there ({foreign[0]} without "
+                f"running_batch_mean); load the checkpoint first and swap then: model.load_state_dict(...); "
+                f"swap_norms_(model)."
             )
-        problem = self._mismatch(state_dict.get(prefix + "_extra_state"))
+        state = state_dict.get(prefix + "_extra_state")
+        problem = self._mismatch(state)
         if problem:
             error_msgs.append(f"{where}: {problem}")
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + "_extra_state"}
@@ -493,6 +507,10 @@ class BatchLayerNorm(nn.Module):
         config, own = state["config"], self.config()
         different = {name: (config[name], own[name]) for name in _STRUCTURE if config[name] != own[name]}
         if not different:
+            try:
+                StatFlags.parse(config["flags"])
+            except ValueError as error:
+                return f"the checkpoint's flags are damaged: {error}"
             return None
         listed = "; ".join(f"{name}={theirs!r} there, {ours!r} here" for name, (theirs, ours) in different.items())
         arguments = ", ".join(f"{name}={theirs!r}" for name, (theirs, _) in different.items())
@@ -546,7 +564,9 @@ class BatchLayerNorm(nn.Module):
 def is_extra_state(state: Any) -> bool:
     """Whether a checkpoint's entry is what `BatchLayerNorm.get_extra_state` writes."""
     config = state.get("config") if isinstance(state, dict) else None
-    return isinstance(config, dict) and {*_STRUCTURE, *_ADOPTED, "sync"} == set(config) and "epoch" in state
+    if not isinstance(config, dict) or "epoch" not in state or not {*_STRUCTURE, *_ADOPTED, "sync"} <= set(config):
+        return False
+    return isinstance(config["eps"], float) and isinstance(config["flags"], str)
 
 
 def _check_arguments(
@@ -585,9 +605,10 @@ def _constant(buffer: Tensor) -> Tensor:
     return buffer.clone() if torch.is_grad_enabled() else buffer
 
 
-def _unbiased(count: int | Tensor) -> float | Tensor:
+def _unbiased(count: int | Tensor, dtype: torch.dtype) -> float | Tensor:
     """n / (n - 1), and 1 where n = 1, where the authors' layer divides by 0."""
     if isinstance(count, Tensor):
+        count = count.to(dtype)
         return torch.where(count > 1, count / (count - 1).clamp(min=1), torch.ones_like(count))
     return count / (count - 1) if count > 1 else 1.0
 
@@ -596,6 +617,6 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Whether this forward is run again by the backward pass (activation checkpointing): it must not count twice."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -104,19 +104,25 @@ def norm_eps(old: nn.Module) -> float:
     return float(eps)
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wraps, or the module itself."""
+    inner = getattr(module, "_orig_mod", module)
+    return inner if isinstance(inner, nn.Module) else module
+
+
 def sample_dims_inside(model: nn.Module) -> dict[int, int]:
     """The sample axis of norms inside PyTorch's transformers that are not batch_first, by id."""
     found: dict[int, int] = {}
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            first = module.self_attn.batch_first
+            first = getattr(module.self_attn, "batch_first", True)
         elif isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)) and len(module.layers):
             first = getattr(getattr(module.layers[0], "self_attn", None), "batch_first", True)
         else:
             continue
         for child in module.children():
             if not first:
-                found[id(child)] = 1
+                found[id(uncompiled(child))] = 1
     return found
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_bln.layer import RUNNING, BatchLayerNorm
+from lightning_bln.layer import RUNNING, STATE, BatchLayerNorm
 from lightning_bln.surgery import bln_layers
 
 
@@ -138,9 +138,9 @@ def update_statistics(
     The counterpart of `torch.optim.swa_utils.update_bn`, for weights that changed since the statistics were taken
     (averaged weights, a high learning rate). The batches run through the model in train mode without gradients;
     statistics are averaged weighted by the number of samples, whatever the layers' population policy. Train or eval
-    mode, the random state and BatchNorm statistics of other layers are as before afterwards. Without any batch the
-    statistics stay as they are. Under `torch.distributed` every process runs its own batches and the averages are
-    merged.
+    mode, the random state and BatchNorm statistics of other layers are as before afterwards; after an exception the
+    population is too. Without any batch the statistics stay as they are. Under `torch.distributed` every process runs
+    its own batches and the averages are merged.
 
     Args:
         model: With `BatchLayerNorm` layers.
@@ -161,28 +161,67 @@ def update_statistics(
         >>> model[0].num_samples.item()
         24
     """
+
+    def run(batch: Any) -> None:
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        model(x if device is None else x.to(device))
+
     layers = _layers(model, "update_statistics(model, batches)")
+    return recompute_statistics(model, layers, batches, forward or run, dict.fromkeys(model.modules(), True))
+
+
+def recompute_statistics(
+    model: nn.Module,
+    layers: list[BatchLayerNorm],
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    modes: Mapping[nn.Module, bool],
+) -> int:
+    """What `update_statistics` does, for some layers and with each module in a given mode.
+
+    Args:
+        model: The model.
+        layers: Whose statistics are recomputed.
+        batches: What ``forward`` takes.
+        forward: Runs one batch through the model.
+        modes: True for train mode, False for eval mode, by module.
+
+    Returns:
+        The number of batches.
+    """
     count = 0
-    with torch.no_grad(), _refreshing(model, layers):
+    with torch.no_grad(), _refreshing(model, layers, modes):
         for batch in batches:
             if count == 0:
-                for layer in layers:
-                    layer.num_samples.zero_()
-                    layer._rank_statistics = None
-            if forward is not None:
-                forward(batch)
-            else:
-                x = batch[0] if isinstance(batch, (tuple, list)) else batch
-                model(x if device is None else x.to(device))
+                _begin_anew(layers)
+            forward(batch)
             count += 1
+    if dist.is_available() and dist.is_initialized():
+        most = torch.tensor(count, device=layers[0].num_samples.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        if count == 0 and int(most) > 0:  # the other processes' batches count alone
+            _begin_anew(layers)
     merge_ranks_(model)
     return count
 
 
+def _begin_anew(layers: list[BatchLayerNorm]) -> None:
+    with torch.no_grad():
+        for layer in layers:
+            layer.num_samples.zero_()
+            layer._rank_statistics = None
+
+
 @contextlib.contextmanager
-def _refreshing(model: nn.Module, layers: list[BatchLayerNorm]) -> Iterator[None]:
-    """Train mode with every layer accumulating; everything but the population as before at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+def _refreshing(model: nn.Module, layers: list[BatchLayerNorm], modes: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """The given modes with some layers accumulating; all but their population as before at the end.
+
+    After an exception the population is as before too.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    populations = [
+        (layer, {name: getattr(layer, name).clone() for name in STATE}, layer._rank_statistics) for layer in layers
+    ]
     others = [
         (buffer, buffer.clone())
         for module in model.modules()
@@ -192,14 +231,21 @@ def _refreshing(model: nn.Module, layers: list[BatchLayerNorm]) -> Iterator[None
     cuda = [layer.num_samples.device for layer in layers if layer.num_samples.is_cuda]
     try:
         with torch.random.fork_rng(devices=list(dict.fromkeys(cuda))):
-            model.train()
+            for module, mode in modes.items():
+                module.training = mode
             for layer in layers:
                 layer._refreshing = True
             yield
+    except BaseException:
+        for layer, population, own in populations:
+            for name, value in population.items():
+                setattr(layer, name, value)
+            layer._rank_statistics = own
+        raise
     finally:
         for layer in layers:
             layer._refreshing = False
-        for module, mode in modes:
+        for module, mode in before:
             module.training = mode
         for buffer, value in others:
             buffer.copy_(value)

@@ -27,6 +27,7 @@ from lightning_bln.norm_kinds import (
     norm_shape,
     qualified_name,
     sample_dims_inside,
+    uncompiled,
 )
 from lightning_bln.swap_report import SwapEntry, SwapReport
 from lightning_bln.variants import BatchLayerNormAct, LazyBatchLayerNorm
@@ -87,8 +88,9 @@ def swap_norms_(
             old eps and, of BatchNorm, running statistics are kept, so that the layer starts close to the one it
             replaces. "paper": weight 1, bias 0, eps 1e-3.
         norms: Families to swap, of "batch", "layer", "group", "instance", "rms". Default batch and layer.
-        include: Swap only layers whose name in the model matches one of these shell patterns ("layer4.*").
-        exclude: Leave layers whose name matches one of these.
+        include: Swap only layers whose name in the model, or that of a module around them, matches one of these shell
+            patterns ("layer4", "*.norm1").
+        exclude: Leave layers that match one of these, likewise.
         filter_fn: Called with (name, layer); a layer is swapped only where it returns True.
         dry_run: Report what would be done and change nothing. Default False.
         missing_ok: Accept a model in which nothing is to be swapped, or not yet. Default False.
@@ -127,13 +129,13 @@ def swap_norms_(
 
     included, excluded = (_patterns(value) for value in (include, exclude))
     if not missing_ok:
-        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        names = [name for name, module in model.named_modules(remove_duplicate=False) if _is_norm(module)]
         _check_patterns("include", included, names)
         _check_patterns("exclude", excluded, names)
 
     def why_not(name: str, aliases: list[str], module: nn.Module, kind: NormKind) -> str | None:
         def matches(patterns: list[str]) -> bool:
-            return any(fnmatch.fnmatchcase(alias, pattern) for pattern in patterns for alias in aliases)
+            return any(_matches(alias, pattern) for pattern in patterns for alias in aliases)
 
         if kind.family not in norms:
             return f"{kind.family} normalization is swapped on request: norms={(*norms, kind.family)}"
@@ -145,7 +147,10 @@ def swap_norms_(
             return "filter_fn returned False"
         return None
 
-    plan, entries = _plan(model, settings, why_not)
+    # Normal tensors even under inference_mode: the new layers' statistics are updated in place later.
+    with torch.inference_mode(False):
+        plan, entries = _plan(model, settings, why_not)
+    _check_shared_parameters(model, plan)
     if not plan and not missing_ok and not bln_layers(model):
         raise ValueError(_nothing_to_swap(model, entries))
     if not dry_run:
@@ -201,7 +206,8 @@ def restore_swaps_(model: nn.Module, state_dict: Mapping[str, Any]) -> SwapRepor
                 f"was trained, with the same arguments."
             )
         done.add(id(module))
-        new = _new_layer(module, kind, config, _device(module, model))
+        with torch.inference_mode(False):
+            new = _new_layer(module, kind, config, _device(module, model))
         plan.append(_Step(name, module, new, None))
         entries.append(SwapEntry(name, type(module).__name__, type(new).__name__, "in the checkpoint"))
     _commit(model, plan, affine="keep")
@@ -239,12 +245,12 @@ def set_flags_(model: nn.Module, flags: FlagsLike | Mapping[str, FlagsLike]) -> 
             f"Flags belong to BatchLayerNorm layers, got a {type(model).__name__} without any; call swap_norms_(model) "
             f"first."
         )
-    if isinstance(flags, Mapping) and not set(flags) <= set(StatFlags.names()):
+    if isinstance(flags, Mapping) and (not flags or not set(flags) <= set(StatFlags.names())):
         unknown = [name for name in flags if name not in layers]
         if unknown:
             raise ValueError(
                 f"Flags by layer need names of this model's BatchLayerNorm layers, got "
-                f"{', '.join(map(repr, unknown))}; its layers are {', '.join(layers)}."
+                f"{', '.join(map(repr, unknown))}; its layers are {_listed(layers)}."
             )
         chosen = {name: StatFlags.parse(value) for name, value in flags.items()}  # type: ignore[arg-type]
     else:
@@ -286,6 +292,8 @@ def _plan(
             why = why_not(name, aliases[id(module)], module, kind)
             if id(module) in metrics:
                 why = "part of a metric, which must stay what it is"
+            elif not _owns_its_affine(module):
+                why = "its weight is computed by a hook (pruning, weight norm): remove that first"
             if why is not None:
                 entries.append(SwapEntry(name, old, None, why))
                 continue
@@ -297,7 +305,10 @@ def _plan(
             )
             if settings.affine == "preserve":
                 arguments["eps"] = norm_eps(module)
-            new = _new_layer(module, kind, arguments, _device(module, model))
+            try:
+                new = _new_layer(module, kind, arguments, _device(module, model))
+            except ValueError as error:
+                raise ValueError(f"Layer {name!r} ({old}) cannot be swapped: {error} Or leave it: exclude.") from error
             scale = None
             if settings.affine == "preserve":
                 scale = math.sqrt(norm_features(module)) if not kind.lazy else None
@@ -316,16 +327,33 @@ def _plan(
     return plan, entries
 
 
+def _check_shared_parameters(model: nn.Module, plan: list[_Step]) -> None:
+    """A parameter that is scaled must not belong to a layer that stays what it is."""
+    swapped = {id(step.old) for step in plan}
+    changed = {id(parameter): step.name for step in plan for parameter in step.new.parameters(recurse=False)}
+    for name, module in model.named_modules():
+        if id(module) in swapped or isinstance(module, BatchLayerNorm):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in changed:
+                raise ValueError(
+                    f"A swapped layer must not share its weight or bias with a layer that stays, got "
+                    f"{changed[id(parameter)]!r}, which shares with {name!r} ({type(module).__name__}); swap or "
+                    f"exclude both."
+                )
+
+
 def _new_layer(
     old: nn.Module, kind: NormKind, arguments: Mapping[str, Any], device: torch.device | None
 ) -> BatchLayerNorm:
-    """The layer for ``old``, with its Parameter objects, dtype, device, mode and hooks."""
+    """The layer for ``old``, with its Parameter objects, dtype, device and mode."""
     arguments = dict(arguments)
     weight, bias = getattr(old, "weight", None), getattr(old, "bias", None)
     gain = arguments.pop("gain", 1.0)
     for name in ("num_features", "affine", "bias"):
         arguments.pop(name, None)
-    dtype = weight.dtype if isinstance(weight, Tensor) else None
+    like = weight if isinstance(weight, Tensor) else getattr(old, "running_mean", None)
+    dtype = like.dtype if isinstance(like, Tensor) else None
     new: BatchLayerNorm
     if kind.lazy:
         new = LazyBatchLayerNorm(affine=weight is not None, device=device, dtype=dtype, **arguments)
@@ -378,18 +406,36 @@ def _carry_population(old: nn.Module, new: BatchLayerNorm) -> None:
     new.running_batch_var = var.detach().to(dtype).clone()
 
 
+def _owns_its_affine(module: nn.Module) -> bool:
+    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    return all(name in own or getattr(module, name, None) is None for name in ("weight", "bias"))
+
+
 def _patterns(patterns: str | Iterable[str] | None) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns or ())
 
 
 def _check_patterns(argument: str, patterns: list[str], names: list[str]) -> None:
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            examples = ", ".join(repr(name) for name in names if name)[:200]
+        if not any(_matches(name, pattern) for name in names):
             raise ValueError(
-                f"Every {argument} pattern must match a layer's name, got {pattern!r}, which matches none of "
-                f"{examples} ...; patterns are as in a shell, such as 'layer4.*'."
+                f"Every {argument} pattern must match a normalization layer, got {pattern!r}, which matches none of "
+                f"{_listed(names)}; patterns are as in a shell, such as 'layer4' or '*.norm1'."
             )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, (BatchLayerNorm, *NORM_BASES)) or qualified_name(type(module)) in KINDS
+
+
+def _listed(names: Iterable[str], most: int = 12) -> str:
+    names = [name for name in names if name]
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + rest
 
 
 def _nothing_to_swap(model: nn.Module, entries: list[SwapEntry]) -> str:
@@ -417,6 +463,9 @@ _HOOKS = (
     "_compiled_call_impl",
 )
 
+# torch's lazy modules infer their sizes in hooks of their own, bound to the layer object, which stays.
+_LAZY_HOOKS = ("_initialize_hook", "_load_hook", "_load_state_dict_pre_hooks")
+
 
 def _commit(model: nn.Module, plan: list[_Step], affine: str) -> None:
     """Make every step take effect, or none."""
@@ -430,8 +479,8 @@ def _commit(model: nn.Module, plan: list[_Step], affine: str) -> None:
                 change(tensor)
         for step in plan:
             state = dict(step.new.__dict__)
-            if not isinstance(step.new, LazyBatchLayerNorm):
-                state |= {name: step.old.__dict__[name] for name in _HOOKS if name in step.old.__dict__}
+            kept = _HOOKS + _LAZY_HOOKS if isinstance(step.new, LazyBatchLayerNorm) else _HOOKS
+            state |= {name: step.old.__dict__[name] for name in kept if name in step.old.__dict__}
             # The same object, so that every reference to the layer sees the swap; torch's lazy modules do the same.
             step.old.__class__ = step.new.__class__
             step.old.__dict__.clear()
@@ -470,7 +519,7 @@ def _fused_paths(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """Public switches of PyTorch's transformers whose fused inference kernels compute LayerNorm by themselves."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(child, BatchLayerNorm) for child in module.children()
+            isinstance(uncompiled(child), BatchLayerNorm) for child in module.children()
         ):
             yield module, "activation_relu_or_gelu", 0
         elif isinstance(module, nn.TransformerEncoder) and any(

@@ -52,13 +52,14 @@ class SwapReport:
         )
 
     def __rich__(self) -> Any:
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=self.summary(), title_justify="left")
         for column in ("layer", "old", "new", "why"):
             table.add_column(column, overflow="fold")
         for entry in self.entries:
-            table.add_row(entry.name or "(the model)", entry.old, entry.new or "-", entry.why)
+            table.add_row(*map(escape, (entry.name or "(the model)", entry.old, entry.new or "-", entry.why)))
         return table
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_bln.layer import BatchLayerNorm
+from lightning_bln.layer import BatchLayerNorm, is_extra_state
 
 
 class LazyBatchLayerNorm(LazyModuleMixin, BatchLayerNorm):
@@ -44,11 +45,11 @@ class LazyBatchLayerNorm(LazyModuleMixin, BatchLayerNorm):
 
     def initialize_parameters(self, x: Tensor) -> None:
         """Make weight and bias in the size of x's feature axis."""
-        if self.num_features == 0:
-            self.num_features = x.shape[self.feature_dim]
         scale = math.sqrt(x.shape[self.feature_dim]) if self.preserve_scale else 1.0
-        if not self.affine:
-            self.gain = scale
+        if self.num_features == 0:  # not if a checkpoint brought size and gain
+            self.num_features = x.shape[self.feature_dim]
+            if not self.affine:
+                self.gain = scale
         if not self.has_uninitialized_params():
             return
         with torch.no_grad():
@@ -57,6 +58,16 @@ class LazyBatchLayerNorm(LazyModuleMixin, BatchLayerNorm):
                 if isinstance(parameter, UninitializedParameter):
                     parameter.materialize((x.shape[self.feature_dim],))
                     parameter.fill_(value)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "_extra_state"] = self.get_extra_state()  # torch's lazy modules leave it out
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        state = state_dict.get(prefix + "_extra_state")
+        if self.num_features == 0 and is_extra_state(state):
+            self.num_features = state["config"]["num_features"]  # type: ignore[index]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class BatchLayerNormAct(BatchLayerNorm):

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.tuner import Tuner
 from lit import BATCH, SAMPLES, LitNet, dataset, loader, trainer
 from torch import nn
@@ -42,6 +44,13 @@ def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Plain(LitNet):
+    """Builds nothing late."""
+
+    setup = pl.LightningModule.setup
+    configure_model = pl.LightningModule.configure_model
 
 
 class Spy(pl.Callback):
@@ -150,6 +159,7 @@ class TestSwap:
         assert "net.1" in text
         assert "group normalization is swapped on" in text
 
+    @pytest.mark.filterwarnings("ignore:The averaged weights of StochasticWeightAveraging:UserWarning")
     @pytest.mark.parametrize("averaging", [pytest.param(EMA, marks=needs_ema), lambda: StochasticWeightAveraging(0.01)])
     def test_it_warns_when_an_averaging_callback_stands_before_it(self, averaging: Any) -> None:
         swap = BLNSwap()
@@ -201,6 +211,36 @@ print("swapped")
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "swapped" in done.stdout
+
+    @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model:UserWarning")
+    @needs_ema
+    def test_averaging_callbacks_copy_the_model_and_not_the_data(self) -> None:
+        class Data(torch.utils.data.TensorDataset):
+            def __deepcopy__(self, memo: Any) -> Any:
+                raise AssertionError("the dataset was copied")
+
+        data = torch.utils.data.DataLoader(Data(*dataset().tensors), batch_size=BATCH)
+        model = LitNet("configure_model")
+        trainer(BLNSwap(), EMA(), max_epochs=1).fit(model, data, loader(24, seed=1))
+        assert len(bln_layers(model)) == 3
+
+    @pytest.mark.parametrize("late", [None, "setup"])
+    def test_a_mistyped_pattern_leaves_the_model_as_it_was(self, late: str | None) -> None:
+        model = LitNet(late) if late else Plain()
+        with pytest.raises(ValueError, match=r"exclude pattern.*'net\.7'"):
+            fit(model, BLNSwap(exclude=["net.1", "net.7"]))
+        assert not bln_layers(model)
+
+    def test_a_filter_is_called_with_the_models_layers_only(self) -> None:
+        seen: list[str] = []
+        model = Plain()
+        fit(model, BLNSwap(filter_fn=lambda name, layer: seen.append(name) is None), max_epochs=1)
+        assert set(seen) == {"net.1", "net.5"}
+
+    def test_after_swa_the_statistics_are_to_be_recomputed(self) -> None:
+        swap = BLNSwap()
+        with pytest.warns(UserWarning, match=r"call update_statistics\(model, train_dataloader\) after fit"):
+            swap.setup(trainer(swap, StochasticWeightAveraging(0.01)), LitNet(), "fit")
 
 
 class TestEpochs:
@@ -333,6 +373,48 @@ class TestPrecise:
             fit(model, BLNSwap(population=population))
             weights.append(model.net[0].weight.detach())
         assert torch.equal(*weights)
+
+    def test_under_ddp_and_with_frozen_layers(self) -> None:
+        model = LitNet()
+        model.net[5].eval()
+
+        def freeze(run: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+            module.net[5].eval()
+
+        spy = Spy(on_train_batch_start=freeze)
+        strategy = DDPStrategy(process_group_backend="gloo")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning's advice on distributed runs is not this test's matter
+            fit(model, spy, BLNSwap(population="precise"), max_epochs=1, strategy=strategy)
+        torch.distributed.destroy_process_group()
+        with torch.no_grad():
+            inputs = [model.net[0](batch[0]) for batch in loader()]
+        mean = sum(x.mean(0) * len(x) for x in inputs) / SAMPLES
+        torch.testing.assert_close(model.net[1].running_batch_mean, mean)
+        assert not model.net[5].has_population
+
+    def test_the_policy_of_a_checkpoint_counts_and_is_told(self, tmp_path: Path) -> None:
+        run = fit(LitNet(), BLNSwap(population="precise"), max_epochs=1)
+        run.save_checkpoint(tmp_path / "precise.ckpt")
+        model = LitNet()
+        resumed = trainer(BLNSwap(), max_epochs=2)
+        with pytest.warns(UserWarning, match=r"'net\.1' has population='precise', this BLNSwap has population='epoch'"):
+            resumed.fit(model, loader(), loader(24, seed=1), ckpt_path=tmp_path / "precise.ckpt")
+        with torch.no_grad():
+            inputs = [model.net[0](batch[0]) for batch in loader()]
+        mean = sum(x.mean(0) * len(x) for x in inputs) / SAMPLES
+        torch.testing.assert_close(model.net[1].running_batch_mean, mean)
+
+    def test_a_step_of_several_calls_is_warned_about(self) -> None:
+        class Parts(LitNet):
+            def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+                x = batch[0]
+                for part in self.net:
+                    x = part(x)
+                return nn.functional.cross_entropy(x, batch[1])
+
+        with pytest.warns(UserWarning, match="calls the model once.*BatchLayerNorm, BatchLayerNorm in turn"):
+            fit(Parts(), BLNSwap(population="precise"), max_epochs=1)
 
     def test_without_validation_the_last_checkpoint_has_them(self, tmp_path: Path) -> None:
         model = LitNet()
@@ -493,8 +575,7 @@ class CLINet(LitNet):
     configure_optimizers = pl.LightningModule.configure_optimizers
 
 
-# Lightning's own use of jsonargparse.
-@pytest.mark.filterwarnings(r"ignore:\s*By default only one Jsonargparse:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's own use of jsonargparse
 def test_lightning_cli_configures_the_callback_and_its_early_optimizer_trains_the_new_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_bln import BatchLayerNorm, update_statistics
 from lightning_bln.replay import CallRecorder
@@ -69,3 +70,39 @@ def test_a_call_that_raises_leaves_the_recorder_ready() -> None:
     recorder.begin_batch()
     model(torch.randn(4, 3))
     assert [call[0] for call in recorder.batches[-1]] == [model]
+
+
+def test_a_checkpointed_forward_is_one_call() -> None:
+    model = Model()
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    outer = Outer()
+    recorder = CallRecorder(outer, 1)
+    recorder.begin_batch()
+    outer(torch.randn(4, 3)).sum().backward()
+    recorder.end_batch()
+    assert [call[0] for call in recorder.batches[0]] == [outer]
+
+
+def test_a_forward_that_was_replaced_is_not_a_call() -> None:
+    # As a strategy does to route a training step through the wrapper's forward.
+    model = Model()
+    recorder = CallRecorder(model, 1)
+    recorder.begin_batch()
+    original = model.forward
+
+    def step(*args: Tensor) -> Tensor:
+        model.forward = original
+        return model(args[0])
+
+    model.forward = step
+    model(torch.randn(4, 3), torch.zeros(4))
+    recorder.end_batch()
+    assert [len(call[1]) for call in recorder.batches[0]] == [1]

@@ -38,8 +38,8 @@ torch.library.define(
 
 def _like(value: Tensor, x: Tensor) -> Tensor:
     """``value`` with x's memory layout, so that fake and real outputs have the same strides."""
-    out = torch.empty_like(x)
-    return value if value.stride() == out.stride() and value.dtype == out.dtype else out.copy_(value)
+    strides = torch.empty_like(x, device="meta").stride()  # no memory is taken to learn them
+    return value if value.stride() == strides and value.dtype == x.dtype else torch.empty_like(x).copy_(value)
 
 
 @torch.library.impl(FORWARD, "default")

@@ -20,22 +20,22 @@ from lightning_bln.ops import (
 from lightning_bln.ops.reference import Statistics
 
 
-def _global_statistics(x: Tensor, dims: list[int], group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and number of values, over ``dims`` of x on every process of the group."""
+def _global_statistics(x: Tensor, dims: list[int], group: dist.ProcessGroup | None) -> tuple[Tensor, ...]:
+    """Mean, biased variance, number of values and of samples, over ``dims`` of x on every process of the group."""
     values = math.prod(x.shape[d] for d in dims)
     kept = [size for d, size in enumerate(x.shape) if d not in dims]
     if values:
         own_var, own_mean = torch.var_mean(x, dim=dims, correction=0)
     else:  # an empty shard still takes part in the collectives
         own_var, own_mean = x.new_zeros(kept), x.new_zeros(kept)
-    sums = torch.cat([(own_mean * values).flatten(), x.new_full((1,), values)])
+    sums = torch.cat([(own_mean * values).flatten(), x.new_tensor([values, x.shape[0]])])
     dist.all_reduce(sums, group=group)
-    count = sums[-1].clone()
-    mean = (sums[:-1] / count.clamp(min=1)).reshape(kept)
+    count, samples = sums[-2].clone(), sums[-1].round().to(torch.int64)
+    mean = (sums[:-2] / count.clamp(min=1)).reshape(kept)
     # Around the global mean, so that nothing cancels: a second exchange costs less than a wrong variance.
     squares = (own_var + (own_mean - mean).square()) * values
     dist.all_reduce(squares, group=group)
-    return mean, squares / count.clamp(min=1), count
+    return mean, squares / count.clamp(min=1), count, samples
 
 
 class _SyncBatchLayerNorm(torch.autograd.Function):
@@ -53,9 +53,7 @@ class _SyncBatchLayerNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         dims = reference.batch_dims(x.ndim, feature_dim, per_channel)
         a = x.to(reference.accumulation_dtype(x.dtype))
-        mean, var, count = _global_statistics(a, dims, group)
-        samples = torch.full((), x.shape[0], dtype=torch.int64, device=x.device)
-        dist.all_reduce(samples, group=group)
+        mean, var, count, samples = _global_statistics(a, dims, group)
         size = samples if batch_size is None else batch_size
         y, _, _, feature_mean, feature_var = torch.ops.lightning_bln.batch_layer_norm(
             x, weight, bias, mean, var, None, None, size, feature_dim, per_channel, eps
@@ -64,8 +62,8 @@ class _SyncBatchLayerNorm(torch.autograd.Function):
         ctx.settings = (feature_dim, per_channel, eps)
         ctx.group = group
         ctx.dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
-        ctx.mark_non_differentiable(mean, var, feature_mean, feature_var, samples)
-        return y, mean, var, feature_mean, feature_var, samples
+        ctx.mark_non_differentiable(mean, var, feature_mean, feature_var, samples, count)
+        return y, mean, var, feature_mean, feature_var, samples, count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -122,13 +120,14 @@ def sync_batch_layer_norm(
     eps: float,
     statistics: str,
     group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Statistics, Tensor]:
+) -> tuple[Tensor, Statistics, Tensor, Tensor]:
     """`batch_layer_norm` in training with batch statistics and B taken over every process of ``group``.
 
     Returns:
-        y, the statistics (feature statistics of this process's samples), and the number of samples on all processes.
+        y, the statistics (feature statistics of this process's samples), and the numbers of samples and of values
+        that each batch statistic was taken over, on all processes.
     """
-    y, *own, samples = _SyncBatchLayerNorm.apply(
+    y, *own, samples, values = _SyncBatchLayerNorm.apply(
         x, weight, bias, batch_size, feature_dim, statistics == "per_channel", eps, group
     )
-    return y, Statistics(*own), samples
+    return y, Statistics(*own), samples, values
