@@ -922,10 +922,10 @@ def test_layers_inside_a_metric_are_left_alone():
         ({"feature_population": "x"}, ValueError, r"feature_population must be one of 'pooled', 'slot', got 'x'"),
         ({"momentum": 0.0}, ValueError, r"momentum is the weight of the new value, .* got 0.0"),
         ({"batch_size": 0}, ValueError, r"batch_size must be at least 1 or None .* got 0"),
-        ({"include": "layer4.*"}, ValueError, r"Every include pattern .* got 'layer4.\*', which matches none of '0', "),
-        ({"include": ["1", "nope"]}, ValueError, r"Every include pattern must match a layer's name, got 'nope'"),
+        ({"include": "layer4.*"}, ValueError, r"Every include pattern .* got 'layer4.\*', which matches none of '1', "),
+        ({"include": ["1", "nope"]}, ValueError, r"Every include pattern must match a normalization layer, got 'nope'"),
         ({"exclude": "nope"}, ValueError, r"Every exclude pattern must match .*; patterns are as in a shell"),
-        ({"include": "2"}, ValueError, r"at least one normalization layer .*Skipped: 1 \(BatchNorm2d\): not in incl"),
+        ({"include": "1", "exclude": "1"}, ValueError, r"at least one norm.*Skipped: 1 \(BatchNorm2d\): in exclude"),
     ],
 )
 def test_bad_arguments_are_errors_and_change_nothing(arguments, error, text):
@@ -1590,7 +1590,7 @@ def test_wrong_flags_are_errors_and_change_no_layer(flags, error, text):
 
 def test_flags_of_another_model_name_this_models_layers():
     other = nn.Sequential(nn.ModuleDict({"norm": BatchLayerNorm(4)}))
-    with pytest.raises(ValueError, match=r"got '0.norm'; its layers are 1, 3.1, 5\."):
+    with pytest.raises(ValueError, match=r"got '0.norm'; its layers are '1', '3.1', '5'\."):
         set_flags_(swapped_cnn(), set_flags_(other, "FFFF"))
 
 
