@@ -211,6 +211,8 @@ class BatchLayerNorm(nn.Module):
                 statistics=self.statistics,
                 return_statistics=True,
             )
+        if x.shape[0] == 0 and _world_size() > 1 and not self.has_population:
+            self._make_buffers(own)
         if x.numel() > 0 and (self.population != "precise" or self._refreshing) and not recomputing():
             self._record(own, x, axis, samples, values)
         return y
@@ -242,7 +244,10 @@ class BatchLayerNorm(nn.Module):
     def _as_given(self, y: Tensor, x: Tensor) -> Tensor:
         if self.sample_dim != 0:
             y = y.transpose(0, self.sample_dim if self.sample_dim > 0 else self.sample_dim + x.ndim)
-        return y.reshape(x.shape) if isinstance(self.num_features, tuple) else y
+        if isinstance(self.num_features, int):
+            return y
+        y = y.reshape(x.shape)
+        return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
     def _affine(self, x: Tensor, axis: int) -> tuple[Tensor | None, Tensor | None]:
         weight = self.weight
@@ -336,7 +341,10 @@ class BatchLayerNorm(nn.Module):
         if any(fit == "restart" for _, fit in buffers):
             self.num_samples.zero_()
 
-        added = x.shape[0]
+        added: int | Tensor = x.shape[0]
+        again = torch.ops.lightning_bln.recomputing(self.num_samples) if torch.compiler.is_compiling() else None
+        if again is not None:
+            added = torch.where(again, 0, added)
         first = self.num_samples == 0
         total = self.num_samples + added
         cumulative = self.population != "ema" or self._refreshing
@@ -345,6 +353,8 @@ class BatchLayerNorm(nn.Module):
         for name, new, (running, fit) in zip(RUNNING, news, buffers, strict=True):
             setattr(self, name, running)
             new = new.to(running.dtype)
+            if again is not None and fit == "fits":
+                new = torch.where(again, running, new)
             if fit in ("new", "restart"):
                 running.copy_(new)
             elif cumulative:
@@ -358,6 +368,14 @@ class BatchLayerNorm(nn.Module):
             self.nominal_batch_size.copy_(torch.where(first, torch.zeros_like(largest) + samples, largest))
         if _world_size() > 1:
             self._rank_statistics = {name: getattr(self, name).clone() for name in STATE}
+
+    @torch.no_grad()
+    def _make_buffers(self, own: Statistics) -> None:
+        """Buffers of the right shapes, counting nothing: DDP broadcasts them, so an empty shard needs them too."""
+        feature_shape = own.feature_mean.shape[1:] if self.statistics == "per_position" else torch.Size()
+        mean, var = own.feature_mean.new_zeros(feature_shape), own.feature_mean.new_ones(feature_shape)
+        for name, value in zip(RUNNING, (own.batch_mean, own.batch_var, mean, var), strict=True):
+            setattr(self, name, value.clone())
 
     def _fitting_buffer(self, name: str, new: Tensor, x: Tensor, axis: int) -> tuple[Tensor, str]:
         """The buffer ``name`` in ``new``'s shape, and "fits", "new", "spread" or "restart" (of another size before)."""
@@ -471,7 +489,7 @@ class BatchLayerNorm(nn.Module):
                 f"swap_norms_(model)."
             )
         state = state_dict.get(prefix + "_extra_state")
-        problem = self._mismatch(state)
+        problem = self._mismatch(state) if prefix + "_extra_state" in state_dict else None
         if problem:
             error_msgs.append(f"{where}: {problem}")
             state_dict = {k: v for k, v in state_dict.items() if k != prefix + "_extra_state"}
@@ -497,8 +515,6 @@ class BatchLayerNorm(nn.Module):
 
     def _mismatch(self, state: Any) -> str | None:
         """Why a checkpoint's extra state does not belong to this layer, or None."""
-        if state is None:
-            return None
         if not is_extra_state(state):
             return (
                 f"_extra_state must be the dict that BatchLayerNorm writes, got {type(state).__name__} {state!r:.80}; "
@@ -618,5 +634,8 @@ def _world_size() -> int:
 
 
 def recomputing() -> bool:
-    """Whether this forward is run again by the backward pass (activation checkpointing): it must not count twice."""
+    """Whether this forward is run again by the backward pass (activation checkpointing): it must not count twice.
+
+    A compiled graph asks the op ``lightning_bln::recomputing`` each time it runs instead.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

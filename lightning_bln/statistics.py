@@ -67,6 +67,8 @@ def merge_ranks_(model: nn.Module, group: dist.ProcessGroup | None = None) -> No
     layers = bln_layers(model)
     if not layers or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return
+    for layer in layers.values():
+        _keep_own(layer, group)
     own = {name: [tuple(getattr(layer, n).shape) for n in RUNNING] for name, layer in layers.items()}
     shapes: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(shapes, own, group=group)
@@ -99,6 +101,14 @@ def merge_ranks_(model: nn.Module, group: dist.ProcessGroup | None = None) -> No
             if totals[i] > 0:
                 layer.num_samples.copy_(totals[i])
                 layer.nominal_batch_size.copy_(sizes[i])
+
+
+def _keep_own(layer: BatchLayerNorm, group: dist.ProcessGroup | None) -> None:
+    """Set this process's accumulation apart before merged values take the buffers; rank 0 carries a loaded one."""
+    if layer._rank_statistics is None:
+        layer._rank_statistics = {name: getattr(layer, name).clone() for name in STATE}
+        if dist.get_rank(group) != 0:
+            layer._rank_statistics["num_samples"].zero_()
 
 
 def _own(layer: BatchLayerNorm, name: str) -> Tensor:
@@ -201,6 +211,8 @@ def recompute_statistics(
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         if count == 0 and int(most) > 0:  # the other processes' batches count alone
             _begin_anew(layers)
+            for layer in layers:
+                layer.nominal_batch_size.fill_(layer.batch_size or 0)
     merge_ranks_(model)
     return count
 

@@ -42,6 +42,11 @@ def feature_axis(x: Tensor, feature_dim: int, num_features: int | None = None) -
             f"feature_dim must be an axis of the input other than the sample axis, got feature_dim={feature_dim} for "
             f"an input of shape {tuple(x.shape)}; use 1 for (N, C, ...) or -1 for (N, ..., C)."
         )
+    if x.shape[axis] == 0:
+        raise ValueError(
+            f"Batch layer normalization needs at least one feature, got an input of shape {tuple(x.shape)} with none "
+            f"along axis {axis}; choose another feature_dim."
+        )
     if num_features is not None and x.shape[axis] != num_features:
         fitting = [d for d in range(1, x.ndim) if x.shape[d] == num_features]
         hint = f"feature_dim={fitting[0]} fits this input" if fitting else f"build it for {x.shape[axis]} features"

@@ -188,3 +188,17 @@ def _double_autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(BACKWARD, _double_autograd, setup_context=_save_for_double_backward)
+
+
+# Whether the op runs within a backward pass, as a tensor: a compiled graph is the same for a forward and its repetition.
+torch.library.define("lightning_bln::recomputing", "(Tensor like) -> Tensor")
+
+
+@torch.library.impl("lightning_bln::recomputing", "default")
+def _recomputing(like: Tensor) -> Tensor:
+    return torch.full((), torch._C._current_graph_task_id() != -1, device=like.device)
+
+
+@torch.library.register_fake("lightning_bln::recomputing")
+def _recomputing_fake(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.bool)

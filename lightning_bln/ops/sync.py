@@ -73,8 +73,8 @@ class _SyncBatchLayerNorm(torch.autograd.Function):
         feature_dim, per_channel, eps = ctx.settings
         nothing = mean.new_empty(0)
         grad_x, grad_weight, grad_bias = torch.ops.lightning_bln.batch_layer_norm_backward(
-            grad_y,
-            x,
+            grad_y.to(mean.dtype),  # rounded to x's dtype once, at the end
+            x.to(mean.dtype),
             weight,
             nothing,
             nothing,
@@ -100,7 +100,7 @@ class _SyncBatchLayerNorm(torch.autograd.Function):
         sums = torch.stack([g.sum(dims), (g * centred).sum(dims)])
         dist.all_reduce(sums, group=ctx.group)
         g_mean, g_centred_mean = (reference.expand_batch(s, n, feature_dim) for s in sums / count.clamp(min=1))
-        grad_x = (grad_x.to(a.dtype) - rstd * (g_mean + centred * rstd.square() * g_centred_mean)).to(x.dtype)
+        grad_x = (grad_x - rstd * (g_mean + centred * rstd.square() * g_centred_mean)).to(x.dtype)
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             grad_x,

@@ -1,0 +1,83 @@
+"""Write the measured blocks of README.md from the results in benchmarks/results.
+
+python -m benchmarks.readme            rewrite the blocks
+python -m benchmarks.readme --check    exit 1 if README.md says anything else than the results do
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def preserve_table(result: dict[str, Any]) -> str:
+    """The block ``preserve``: one row for each network and nominal batch size."""
+    lines = [
+        "| network | B | output difference | accuracy with BatchNorm | after the swap |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for measured in result["results"]:
+        runs = measured["runs"]
+        before = spread([run["batchnorm_accuracy"] for run in runs])
+        for i, row in enumerate(runs[0]["swapped"]):
+            difference = spread([run["swapped"][i]["relative_difference"] for run in runs], digits=2)
+            after = spread([run["swapped"][i]["accuracy"] for run in runs])
+            lines.append(f"| {measured['network']} | {row['batch_size']} | {difference} | {before} | {after} |")
+    seeds = len(result["results"][0]["runs"])
+    swap, versions = result["swap"], result["versions"]
+    lines += [
+        "",
+        f'Median of {seeds} seeds (smallest to largest). `affine="{swap["affine"]}"`, flags {swap["flags"]}, '
+        f'statistics "{swap["statistics"]}"; {result["data"]}; torch {versions["torch"]}, {result["device"]}. '
+        f"Reproduce it with `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Median, smallest and largest in percent."""
+    middle, low, high = (f"{value * 100:.{digits}f}" for value in (median(values), min(values), max(values)))
+    return f"{middle} % ({low} to {high})"
+
+
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"preserve": preserve_table}
+
+
+def refreshed(readme: str) -> str:
+    """The text of README.md with every block written anew."""
+    for name, table in BLOCKS.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
+            raise SystemExit(f"README.md must hold the lines {start} and {end} once, in this order.")
+        block = table(json.loads((RESULTS / f"{name}.json").read_text()))
+        pattern = re.escape(start) + ".*?" + re.escape(end)
+        readme = re.sub(pattern, lambda _, text=f"{start}\n{block}\n{end}": text, readme, flags=re.DOTALL)
+    return readme
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the measured blocks of README.md.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a block is out of date")
+    args = parser.parse_args(arguments)
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = refreshed(text)
+    if args.check:
+        if new != text:
+            print("README.md differs from benchmarks/results; call: python -m benchmarks.readme", file=sys.stderr)
+        return int(new != text)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
