@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -68,14 +69,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the measured blocks of README.md.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a block is out of date")
     args = parser.parse_args(arguments)
-    path = ROOT / "README.md"
-    text = path.read_text()
+    text = README.read_text()
     new = refreshed(text)
     if args.check:
         if new != text:
             print("README.md differs from benchmarks/results; call: python -m benchmarks.readme", file=sys.stderr)
         return int(new != text)
-    path.write_text(new)
+    README.write_text(new)
     return 0
 
 

@@ -30,8 +30,9 @@ def test_the_committed_numbers_are_of_trained_networks() -> None:
         assert len(network["runs"]) >= 3
         for run in network["runs"]:
             assert run["batchnorm_accuracy"] > 0.9
-            low, high = run["batchnorm_percentiles_5_95"]["running_var"]
-            assert not low <= 1.0 <= high or high / low > 2, "statistics far from the start values"
+            parts = run["batchnorm_percentiles_5_95"]
+            # A fresh BatchNorm has 0 and 0, 1 and 1, 1 and 1, 0 and 0 there.
+            assert min(high - low for low, high in parts.values()) > 0.1
 
 
 def test_outputs_do_not_depend_on_the_batch_they_are_computed_in() -> None:

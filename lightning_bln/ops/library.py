@@ -190,7 +190,7 @@ def _double_autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(BACKWARD, _double_autograd, setup_context=_save_for_double_backward)
 
 
-# Whether the op runs within a backward pass, as a tensor: a compiled graph is the same for a forward and its repetition.
+# Whether it runs within a backward pass, as a tensor: a compiled graph is the same for a forward and its repetition.
 torch.library.define("lightning_bln::recomputing", "(Tensor like) -> Tensor")
 
 
