@@ -107,6 +107,7 @@ class BLNSwap(pl.Callback):
         checked = self.swap_arguments | {"filter_fn": None}
         swap_norms_(nn.Sequential(nn.BatchNorm1d(1)), sync=sync, missing_ok=True, **checked)
         self._ready = False
+        self._stage = ""
         self._passes: tuple[SwapEntry, ...] = ()
         self._epoch: int | None = None
         self._refreshed_at: int | None = None
@@ -120,6 +121,7 @@ class BLNSwap(pl.Callback):
         """Swap what exists already, and arrange for what ``setup`` and ``configure_model`` are yet to build."""
         self._ready = False
         self._passes = ()
+        self._stage = stage
         self._warn_about_averaging(trainer)
         if not any(_overrides(pl_module, hook) for hook in ("setup", "configure_model")):
             self._swap(trainer, pl_module, missing_ok=False)
@@ -130,12 +132,12 @@ class BLNSwap(pl.Callback):
                 self._swap(trainer, pl_module, missing_ok=True)
             # No callback hook lies between configure_model and the loading of a checkpoint or configure_optimizers.
             # An attribute of this one module, removed again when the run starts, puts the swap there.
-            if "configure_model" not in vars(pl_module):
+            present = vars(pl_module).get("configure_model")
+            if present is None or isinstance(present, _ConfigureAndSwap):
                 swap = partial(self._swap, trainer, missing_ok=averaging)
                 pl_module.configure_model = _ConfigureAndSwap(  # type: ignore[method-assign]
                     _configure_and_swap, pl_module, swap
                 )
-        self._warn_about_spawned_processes(trainer, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The model is complete: it must have something swapped by now."""
@@ -170,6 +172,8 @@ class BLNSwap(pl.Callback):
             sync = True
         report = swap_norms_(pl_module, sync=sync, missing_ok=missing_ok, **self.swap_arguments)
         if report.swapped:
+            if not self._passes:
+                self._warn_about_spawned_processes(trainer)
             # Layers swapped in an earlier pass of this set-up stay in the report.
             names = {entry.name for entry in self._passes}
             self._passes += tuple(entry for entry in report.entries if entry.name not in names)
@@ -224,9 +228,8 @@ class BLNSwap(pl.Callback):
                     f"got it after; write callbacks=[BLNSwap(), {type(callback).__name__}(...)]."
                 )
 
-    def _warn_about_spawned_processes(self, trainer: pl.Trainer, stage: str) -> None:
-        launcher = type(trainer.strategy.launcher).__name__
-        if stage == "fit" and self._passes and "MultiProcessing" in launcher:
+    def _warn_about_spawned_processes(self, trainer: pl.Trainer) -> None:
+        if self._stage == "fit" and "MultiProcessing" in type(trainer.strategy.launcher).__name__:
             rank_zero_warn(
                 "The model in the main process must be swapped too, got one that is swapped in the processes that "
                 f"{type(trainer.strategy).__name__} starts only: after fit it would be the old "

@@ -553,12 +553,14 @@ class TestDistributed:
             "net.1.nominal_batch_size": torch.tensor(2 * BATCH if sync else BATCH),
         }
 
-    def test_processes_started_from_this_one_are_warned_about(self) -> None:
-        model = LitNet()
+    @pytest.mark.parametrize("late", [None, "setup"])
+    def test_processes_started_from_this_one_are_warned_about(self, late: str | None) -> None:
+        model = LitNet(late) if late else Plain()
         swap = BLNSwap()
         run = trainer(swap, strategy="ddp_spawn", devices=2)
         with pytest.warns(UserWarning, match=r"swapped too.*DDPStrategy.*Call swap_norms_\(model"):
             swap.setup(run, model, "fit")
+            model.configure_model()
 
 
 class Data(pl.LightningDataModule):
