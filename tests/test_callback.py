@@ -558,9 +558,13 @@ class TestDistributed:
         model = LitNet(late) if late else Plain()
         swap = BLNSwap()
         run = trainer(swap, strategy="ddp_spawn", devices=2)
-        with pytest.warns(UserWarning, match=r"swapped too.*DDPStrategy.*Call swap_norms_\(model"):
+
+        def set_up() -> None:
             swap.setup(run, model, "fit")
             model.configure_model()
+
+        with pytest.warns(UserWarning, match=r"swapped too.*DDPStrategy.*Call swap_norms_\(model"):
+            set_up()
 
 
 class Data(pl.LightningDataModule):
