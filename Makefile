@@ -4,6 +4,9 @@ PYTHON ?= python3
 # More arguments for pytest or the benchmarks, as in: make test ARGS="-k flags -x"
 ARGS =
 
+# Threads that wait must not spin: on a machine that does anything else besides, two spinning threads are slower than one.
+export OMP_WAIT_POLICY ?= passive
+
 VENV = .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check

@@ -98,7 +98,7 @@ def main() -> None:
     train_loader = DataLoader(train, args.batch_size, shuffle=True)
     val_loader, test_loader = DataLoader(val, args.batch_size), DataLoader(test, args.batch_size)
     console.print(
-        f"ResNet-18 on scikit-learn's digits ({len(train)} to train, {len(val)} to validate, {len(test)} to test):\n"
+        f"ResNet-18 on {len(train)} training, {len(val)} validation and {len(test)} test images of digits;\n"
         f"epochs {args.epochs}, batch size {args.batch_size}, seed {args.seed}"
     )
 
@@ -126,8 +126,9 @@ def main() -> None:
     console.print(f"One seed: a difference of 1 % is {len(test) / 100:.0f} images.\n")
     console.print(flags_table(model, test_loader, evaluator(trainer_settings), console))
     console.print(
-        "True: this statistic is the population's. False: the mini-batch's. TTFF is the default.\n"
-        "Set them by set_flags_(model, 'TTFF'); to choose, compare on validation data."
+        "True: this statistic is the population's. False: the mini-batch's.\n"
+        "TTFF is the default; set_flags_(model, 'TTTT') sets others.\n"
+        "To choose one, compare on validation data, not on the test set."
     )
 
 
