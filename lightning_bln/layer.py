@@ -50,9 +50,10 @@ class BatchLayerNorm(nn.Module):
     a population statistic that does not exist yet is the mini-batch's whatever its flag.
 
     Population statistics: an average over the current epoch, weighted by the number of samples; variances multiplied
-    by n/(n - 1) before (by 1 where n = 1), n being the samples B, for batch variances taken per channel the samples
-    times the positions. `start_epoch` begins a new average; the last one stays until the next training batch
-    replaces it. B at inference is the largest training batch of that epoch.
+    by n/(n - 1) before (by 1 where n = 1; feature variances in slots are then the largest finite number, where the
+    authors' layer has infinity), n being the samples B, for batch variances taken per channel the samples times the
+    positions. `start_epoch` begins a new average; the last one stays until the next training batch replaces it. B at
+    inference is the largest training batch of that epoch.
 
     Shapes: input (N, C), (N, C, ...) or, with ``feature_dim=-1``, (N, ..., C); output as input, in the input's dtype
     and memory format. weight, bias: (C,). running_batch_mean, running_batch_var: the input's shape without the sample
@@ -330,6 +331,10 @@ class BatchLayerNorm(nn.Module):
             feature_mean, feature_var = feature_mean.mean(), feature_var.mean()
         elif self.feature_population == "pooled":
             feature_mean, feature_var = feature_mean.mean(0), feature_var.mean(0)
+        elif isinstance(samples, int) and samples == 1:
+            # Slots are for the authors' layer as it is: there n / (n - 1) is infinite at n = 1 and the feature part
+            # vanishes. The largest finite number does the same.
+            feature_var = torch.where(feature_var > 0, torch.finfo(dtype).max, feature_var)
         news = (
             own.batch_mean,
             own.batch_var * _unbiased(values, dtype),

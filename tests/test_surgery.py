@@ -1616,3 +1616,23 @@ def test_sync_follows_the_old_layer_unless_told(sync, expected):
     swap_norms_(model, sync=sync)
     assert (model[0].sync, model[1].sync) == expected
     assert model[0].process_group is group
+
+
+@pytest.mark.slow
+def test_maxvit_t_as_torchvision_builds_it():
+    """At its own image size, which its constructor fixes."""
+    model = torchvision.models.maxvit_t(num_classes=5)
+    report = swap_norms_(model)
+    assert len(report.swapped) == len(bln_layers(model)) > 60
+    x = torch.randn(2, 3, 224, 224)
+    model(x).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    model.eval()
+    twin = torchvision.models.maxvit_t(num_classes=5)
+    restore_swaps_(twin, model.state_dict())
+    twin.load_state_dict(model.state_dict())
+    twin.eval()
+    with torch.inference_mode():
+        first = model(x)
+        assert torch.equal(first, model(x))
+        assert torch.equal(first, twin(x))
