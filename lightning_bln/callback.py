@@ -100,7 +100,6 @@ class BLNSwap(pl.Callback):
             "exclude": exclude if exclude is None or isinstance(exclude, str) else list(exclude),
             "filter_fn": filter_fn,
         }
-        self.population = population
         self.precise_batches = precise_batches
         self.report: SwapReport | None = None
         # Settings that cannot work fail here and not in the middle of a run.
