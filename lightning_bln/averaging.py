@@ -17,12 +17,16 @@ _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging")
 
 def is_averaging(callback: Any) -> bool:
     """Whether a callback averages weights (SWA, EMA)."""
-    return any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__)
+    return _is_one_of(callback, _AVERAGING)
 
 
 def needs_refresh(callback: Any) -> bool:
     """Whether a callback averages parameters only (SWA), so that statistics must be recomputed afterwards."""
-    return any(cls.__name__ == "StochasticWeightAveraging" for cls in type(callback).__mro__)
+    return _is_one_of(callback, ("StochasticWeightAveraging",))
+
+
+def _is_one_of(callback: Any, names: tuple[str, ...]) -> bool:
+    return any(cls.__name__ in names for cls in type(callback).__mro__)
 
 
 def align_averaged_copies(callbacks: Iterable[Any], model: nn.Module) -> None:

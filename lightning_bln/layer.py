@@ -431,15 +431,26 @@ class BatchLayerNorm(nn.Module):
         )
 
     def _restore_rank_statistics(self) -> None:
-        if self._rank_statistics is not None:
-            for name, value in self._rank_statistics.items():
-                if getattr(self, name).shape == value.shape:
-                    getattr(self, name).copy_(value)
-                else:
-                    setattr(self, name, value.clone())
-        elif dist.get_rank() != 0:
-            # A partial epoch that was loaded counts once: rank 0 carries it.
-            self.num_samples.zero_()
+        for name, value in self.rank_statistics(dist.get_rank()).items():
+            if getattr(self, name).shape == value.shape:
+                getattr(self, name).copy_(value)
+            else:
+                setattr(self, name, value.clone())
+
+    def rank_statistics(self, rank: int) -> dict[str, Tensor]:
+        """This process's own accumulation, kept apart from the buffers, which DDP and a merge overwrite.
+
+        Args:
+            rank: Of this process. A partial epoch that was loaded counts once: rank 0 carries it.
+
+        Returns:
+            The values of all buffers, by name.
+        """
+        if self._rank_statistics is None:
+            self._rank_statistics = {name: getattr(self, name).clone() for name in STATE}
+            if rank != 0:
+                self._rank_statistics["num_samples"].zero_()
+        return self._rank_statistics
 
     # -------------------------------------------------------- state and moving
 

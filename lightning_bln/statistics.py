@@ -67,55 +67,36 @@ def merge_ranks_(model: nn.Module, group: dist.ProcessGroup | None = None) -> No
     layers = bln_layers(model)
     if not layers or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return
-    for layer in layers.values():
-        _keep_own(layer, group)
-    own = {name: [tuple(getattr(layer, n).shape) for n in RUNNING] for name, layer in layers.items()}
-    shapes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(shapes, own, group=group)
+    own = {name: layer.rank_statistics(dist.get_rank(group)) for name, layer in layers.items()}
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    own_shapes = {(name, running): tuple(own[name][running].shape) for name in layers for running in RUNNING}
+    dist.all_gather_object(gathered, own_shapes, group=group)
     device = next(iter(layers.values())).num_samples.device
     with torch.no_grad():
-        counts = torch.stack([_own(layer, "num_samples").to(device) for layer in layers.values()])
-        sizes = torch.stack([_own(layer, "nominal_batch_size").to(device) for layer in layers.values()])
+        counts = torch.stack([own[name]["num_samples"].to(device) for name in layers])
+        sizes = torch.stack([own[name]["nominal_batch_size"].to(device) for name in layers])
         totals = counts.clone()
         dist.all_reduce(totals, group=group)
         dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=group)
         if not bool((totals > 0).any()):
             return  # nothing was accumulated since the epoch began: what is in place stays
+        shapes = {key: _common_shape(".".join(key), [other[key] for other in gathered]) for key in own_shapes}
         parts: list[Tensor] = []
-        for i, (name, layer) in enumerate(layers.items()):
-            for j, running in enumerate(RUNNING):
-                shape = _common_shape(f"{name}.{running}", [s[name][j] for s in shapes])
-                value = _own(layer, running)
-                weighted = value.double() * counts[i] if counts[i] > 0 else torch.zeros(shape).double()
-                parts.append(weighted.to(device).flatten())
+        for name, count in zip(layers, counts, strict=True):
+            for running in RUNNING:
+                value = (
+                    own[name][running].double() * count if count > 0 else torch.zeros(shapes[name, running]).double()
+                )
+                parts.append(value.to(device).flatten())
         merged = torch.cat(parts)
         dist.all_reduce(merged, group=group)
-        start = 0
-        for i, (name, layer) in enumerate(layers.items()):
-            for j, running in enumerate(RUNNING):
-                shape = _common_shape(f"{name}.{running}", [s[name][j] for s in shapes])
-                value = merged[start : start + torch.Size(shape).numel()].reshape(shape) / totals[i].clamp(min=1)
-                start += value.numel()
-                if totals[i] > 0:
-                    _publish(layer, running, value)
-            if totals[i] > 0:
-                layer.num_samples.copy_(totals[i])
-                layer.nominal_batch_size.copy_(sizes[i])
-
-
-def _keep_own(layer: BatchLayerNorm, group: dist.ProcessGroup | None) -> None:
-    """Set this process's accumulation apart before merged values take the buffers; rank 0 carries a loaded one."""
-    if layer._rank_statistics is None:
-        layer._rank_statistics = {name: getattr(layer, name).clone() for name in STATE}
-        if dist.get_rank(group) != 0:
-            layer._rank_statistics["num_samples"].zero_()
-
-
-def _own(layer: BatchLayerNorm, name: str) -> Tensor:
-    """This process's value: DDP may have overwritten the buffer with rank 0's since."""
-    kept = layer._rank_statistics
-    value: Tensor = getattr(layer, name) if kept is None else kept[name]
-    return value
+        sums = dict(zip(shapes, merged.split([part.numel() for part in parts]), strict=True))
+        for (name, layer), total, size in zip(layers.items(), totals, sizes, strict=True):
+            if total > 0:
+                for running in RUNNING:
+                    _publish(layer, running, sums[name, running].reshape(shapes[name, running]) / total)
+                layer.num_samples.copy_(total)
+                layer.nominal_batch_size.copy_(size)
 
 
 def _publish(layer: BatchLayerNorm, name: str, value: Tensor) -> None:
