@@ -15,13 +15,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import summary
+from benchmarks.timing import milliseconds, read_csv
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = Path(__file__).parent / "results"
 
 
-def preserve_table(result: dict[str, Any]) -> str:
+def preserve_table(results: Path) -> str:
     """The block ``preserve``: one row for each network and nominal batch size."""
+    result = json.loads((results / "preserve.json").read_text())
     lines = [
         "| network | B | output difference | accuracy with BatchNorm | after the swap |",
         "|---|--:|--:|--:|--:|",
@@ -50,7 +54,43 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{middle} % ({low} to {high})"
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"preserve": preserve_table}
+def speed_tables(results: Path) -> str:
+    """The block ``layers``: for each device that was measured, the layers' ratios and the models' steps."""
+    # The CPU's file, which has no device in its name, comes first.
+    layers = sorted(results.glob("layers*.csv"), key=lambda path: path.stem)
+    return "\n\n".join(_speed_tables(path, path.with_stem(path.stem.replace("layers", "models"))) for path in layers)
+
+
+def _speed_tables(layers: Path, models: Path) -> str:
+    rows, steps = read_csv(layers), read_csv(models)
+    where = rows[0]
+    shapes = len({row["shape"] for row in rows})
+    lines = [
+        *summary.as_markdown(summary.layer_findings(rows)),
+        "",
+        "| a whole training step | norms | original | swapped | ratio (quartiles) |",
+        "|---|--:|--:|--:|--:|",
+        *map(_model_line, steps[::2], steps[1::2]),
+        "",
+        f"{_device(where)}, torch {where['torch']}, kernel: {where['kernel']}, {shapes} shapes.",
+    ]
+    return "\n".join(lines)
+
+
+def _model_line(original: dict[str, Any], swapped: dict[str, Any]) -> str:
+    name = " ".join(original[part] for part in ("model", "batch", "layout", "dtype"))
+    times = " | ".join(f"{milliseconds(row['seconds'])} ms" for row in (original, swapped))
+    ratios = [swapped[column] for column in ("vs_original", "vs_original_q1", "vs_original_q3")]
+    return f"| {name} | {original['norms']} | {times} | {ratios[0]:.3f} ({ratios[1]:.3f} to {ratios[2]:.3f}) |"
+
+
+def _device(where: dict[str, Any]) -> str:
+    return (
+        f"{where['device_name']} with {where['threads']} threads" if where["device"] == "cpu" else where["device_name"]
+    )
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"preserve": preserve_table, "layers": speed_tables}
 
 
 def refreshed(readme: str) -> str:
@@ -59,7 +99,7 @@ def refreshed(readme: str) -> str:
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if readme.count(start) != 1 or readme.count(end) != 1 or readme.index(start) > readme.index(end):
             raise SystemExit(f"README.md must hold the lines {start} and {end} once, in this order.")
-        block = table(json.loads((RESULTS / f"{name}.json").read_text()))
+        block = table(RESULTS)
         pattern = re.escape(start) + ".*?" + re.escape(end)
         readme = re.sub(pattern, lambda _, text=f"{start}\n{block}\n{end}": text, readme, flags=re.DOTALL)
     return readme

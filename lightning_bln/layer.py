@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_bln.flags import FlagsLike, StatFlags
-from lightning_bln.ops import Population, Statistics, batch_layer_norm, feature_axis
+from lightning_bln.ops import Population, Statistics, batch_layer_norm, cpu, feature_axis
 from lightning_bln.ops.reference import accumulation_dtype, expand_batch
 
 RUNNING = ("running_batch_mean", "running_batch_var", "running_feature_mean", "running_feature_var")
@@ -323,8 +323,17 @@ class BatchLayerNorm(nn.Module):
             samples: B, over all processes where the statistics were.
             values: How many values each batch statistic was taken over.
         """
-        if _world_size() > 1:
+        together = _world_size() > 1
+        if together:
             self._restore_rank_statistics()
+        if not self._record_at_once(own, x, samples, values):
+            self._record_in_steps(own, x, axis, samples, values)
+        if together:
+            self._rank_statistics = {name: getattr(self, name).clone() for name in STATE}
+
+    def _record_in_steps(
+        self, own: Statistics, x: Tensor, axis: int, samples: int | Tensor, values: int | Tensor
+    ) -> None:
         dtype = own.batch_mean.dtype
         feature_mean, feature_var = own.feature_mean, own.feature_var
         if self.statistics == "per_channel":
@@ -371,8 +380,46 @@ class BatchLayerNorm(nn.Module):
         if self.batch_size is None:
             largest = self.nominal_batch_size.clamp(min=samples)
             self.nominal_batch_size.copy_(torch.where(first, torch.zeros_like(largest) + samples, largest))
-        if _world_size() > 1:
-            self._rank_statistics = {name: getattr(self, name).clone() for name in STATE}
+
+    def _record_at_once(self, own: Statistics, x: Tensor, samples: int | Tensor, values: int | Tensor) -> bool:
+        """`_record` by a kernel, if there is one for this case: population statistics of the right sizes on one CPU.
+
+        Its twenty small operations would take longer than the normalisation of a small input.
+        """
+        if torch.compiler.is_compiling() or not x.is_cpu or isinstance(samples, Tensor) or not cpu.load():
+            return False
+        feature_shape = own.feature_mean.shape[1:] if self.statistics == "per_position" else torch.Size()
+        shapes = (own.batch_mean.shape, own.batch_var.shape, feature_shape, feature_shape)
+        buffers: list[Tensor] = [getattr(self, name) for name in RUNNING]
+        cumulative = self.population != "ema" or self._refreshing or all(running.numel() == 0 for running in buffers)
+        # The first batch of an average overwrites what was there, whatever its size.
+        overwrites = cumulative and int(self.num_samples) == 0
+        if self.feature_population == "slot" or any(
+            running.dtype != own.batch_mean.dtype or not (overwrites or running.shape == shape)
+            for running, shape in zip(buffers, shapes, strict=True)
+        ):
+            return False
+        with torch.inference_mode(False):
+            for i, (running, shape) in enumerate(zip(buffers, shapes, strict=True)):
+                new = own[i] if i < 2 else torch.empty(shape, dtype=running.dtype, device="meta")
+                if running.shape != shape:
+                    buffers[i] = torch.empty_like(new, device=running.device)
+                elif running.stride() != new.stride():
+                    # Loaded, or of another memory format: in the layout of what comes from now on.
+                    buffers[i] = torch.empty_like(new, device=running.device).copy_(running)
+                if buffers[i] is not running:
+                    setattr(self, RUNNING[i], buffers[i])
+        torch.ops.lightning_bln.accumulate_statistics(
+            *buffers,
+            self.num_samples,
+            self.nominal_batch_size,
+            *own,
+            samples,
+            values,
+            -1.0 if cumulative else self.momentum,
+            self.batch_size is not None,
+        )
+        return True
 
     @torch.no_grad()
     def _make_buffers(self, own: Statistics) -> None:
@@ -390,7 +437,7 @@ class BatchLayerNorm(nn.Module):
         # A normal tensor even if the first training batch comes under inference_mode: it is updated in place later.
         with torch.inference_mode(False):
             dtype = torch.promote_types(running.dtype, new.dtype)
-            fitting = torch.empty(new.shape, dtype=dtype, device=new.device)
+            fitting = torch.empty_like(new, dtype=dtype)  # in its memory layout too
             if running.numel() == 0:
                 return fitting, "new"
             if running.ndim == 1 and "batch" in name and running.shape[0] == x.shape[axis]:

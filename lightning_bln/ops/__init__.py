@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bln.flags import FlagsLike, StatFlags
-from lightning_bln.ops import library  # noqa: F401  (registers the op)
+from lightning_bln.ops import library
 from lightning_bln.ops.reference import Population, Statistics
 
 __all__ = ["Population", "Statistics", "batch_layer_norm"]
@@ -168,7 +168,7 @@ def batch_layer_norm(
         flags = StatFlags() if flags is None else StatFlags.parse(flags)
         chosen = Population(*(stat if flag else None for stat, flag in zip(population, flags, strict=True)))
         _check_population(chosen, x, axis, statistics)
-    y, *own = torch.ops.lightning_bln.batch_layer_norm(
+    y, *own = library.run(
         x, weight, bias, *chosen, batch_size, axis, statistics == "per_channel", eps
     )
     return (y, Statistics(*own)) if return_statistics else y

@@ -1,20 +1,20 @@
 """The only seam between the layer and its kernels: one schema, one fake, one autograd formula.
 
-`reference` is registered for every device ("default"). A faster kernel registers itself for its device under the same
-names and takes precedence there; nothing else changes:
-
-    torch.library.impl("lightning_bln::batch_layer_norm", "cuda", func=...)
-    torch.library.impl("lightning_bln::batch_layer_norm_backward", "cuda", func=...)
+`reference` is registered for every device ("default"). A faster kernel is registered for its device under the same
+names and takes precedence there: `cpu` at the first CPU tensor, `cuda` from the start (it imports Triton at the first
+CUDA tensor). Nothing else changes with the kernel.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_bln.ops import reference
+from lightning_bln.ops import cpu, reference
 from lightning_bln.ops.reference import Population, Statistics
 
 FORWARD = "lightning_bln::batch_layer_norm"
@@ -36,13 +36,40 @@ torch.library.define(
 )
 
 
+# Statistics that the backward pass needs, as a share of x in memory, up to which they are saved with it. Beyond, they
+# are taken from x again: together with x they must not need more than 1.05 times what BatchNorm saves.
+SAVED_SHARE = 0.04
+
+# One mini-batch into population statistics of its shapes, in place, where a kernel does that at one go (CPU); the layer
+# writes down what it computes. A momentum below 0 stands for the average over all samples since num_samples was 0.
+torch.library.define(
+    "lightning_bln::accumulate_statistics",
+    "(Tensor(a!) batch_mean, Tensor(b!) batch_var, Tensor(c!) feature_mean, Tensor(d!) feature_var,"
+    " Tensor(e!) num_samples, Tensor(f!) nominal_batch_size, Tensor own_batch_mean, Tensor own_batch_var,"
+    " Tensor own_feature_mean, Tensor own_feature_var, int samples, int values, float momentum, bool fixed_batch_size)"
+    " -> ()",
+)
+
+
+def _batch_statistic(x: Tensor, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+    """Memory for a per-position batch statistic of x: the layout of x[0], so that kernels write it as they read x."""
+    device = x.device if device is None else device
+    return torch.empty_like(torch.empty_strided(x.shape[1:], x.stride()[1:], dtype=dtype, device=device))
+
+
+def _in_batch_layout(value: Tensor, x: Tensor, per_channel: bool) -> Tensor:
+    if per_channel or value.ndim != x.ndim - 1:
+        return value.contiguous()
+    layout = _batch_statistic(x, value.dtype, "meta")
+    return value if value.stride() == layout.stride() else torch.empty_like(layout, device=x.device).copy_(value)
+
+
 def _like(value: Tensor, x: Tensor) -> Tensor:
     """``value`` with x's memory layout, so that fake and real outputs have the same strides."""
     strides = torch.empty_like(x, device="meta").stride()  # no memory is taken to learn them
     return value if value.stride() == strides and value.dtype == x.dtype else torch.empty_like(x).copy_(value)
 
 
-@torch.library.impl(FORWARD, "default")
 def _forward(
     x: Tensor,
     weight: Tensor | None,
@@ -57,11 +84,28 @@ def _forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     population = Population(batch_mean, batch_var, feature_mean, feature_var)
+    if x.is_cpu and cpu.load():  # now there is a kernel that comes before this one
+        return torch.ops.lightning_bln.batch_layer_norm(
+            x, weight, bias, *population, batch_size, feature_dim, per_channel, eps
+        )
+    return _reference_forward(x, weight, bias, population, batch_size, feature_dim, per_channel, eps)
+
+
+def _reference_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    population: Population,
+    batch_size: Tensor | None,
+    feature_dim: int,
+    per_channel: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y, own = reference.normalize(x, weight, bias, population, batch_size, feature_dim, per_channel, eps)
     return (
         _like(y, x),
-        own.batch_mean.contiguous(),
-        own.batch_var.contiguous(),
+        _in_batch_layout(own.batch_mean, x, per_channel),
+        _in_batch_layout(own.batch_var, x, per_channel),
         own.feature_mean.contiguous(),
         own.feature_var.contiguous(),
     )
@@ -82,19 +126,25 @@ def _forward_fake(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = reference.accumulation_dtype(x.dtype)
-    batch_shape = [x.shape[feature_dim]] if per_channel else list(x.shape[1:])
     feature_shape = [size for d, size in enumerate(x.shape) if d != feature_dim]
 
-    def own(shape: list[int], mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
-        return (
-            x.new_empty([0] if mean is not None and var is not None else shape, dtype=dtype),
-            x.new_empty([0] if var is not None else shape, dtype=dtype),
-        )
+    def batch(needed: bool) -> Tensor:
+        if not needed or per_channel:
+            return x.new_empty([x.shape[feature_dim] if needed else 0], dtype=dtype)
+        return _batch_statistic(x, dtype)
 
-    return torch.empty_like(x), *own(batch_shape, batch_mean, batch_var), *own(feature_shape, feature_mean, feature_var)
+    def feature(needed: bool) -> Tensor:
+        return x.new_empty(feature_shape if needed else [0], dtype=dtype)
+
+    return (
+        torch.empty_like(x),
+        batch(batch_mean is None or batch_var is None),
+        batch(batch_var is None),
+        feature(feature_mean is None or feature_var is None),
+        feature(feature_var is None),
+    )
 
 
-@torch.library.impl(BACKWARD, "default")
 def _backward(
     grad_y: Tensor,
     x: Tensor,
@@ -114,10 +164,65 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     own = Statistics(own_batch_mean, own_batch_var, own_feature_mean, own_feature_var)
     population = Population(batch_mean, batch_var, feature_mean, feature_var)
+    if x.is_cpu and cpu.load():
+        return torch.ops.lightning_bln.batch_layer_norm_backward(
+            grad_y, x, weight, *own, *population, batch_size, feature_dim, per_channel, eps
+        )
+    return _reference_backward(grad_y, x, weight, own, population, batch_size, feature_dim, per_channel, eps)
+
+
+def _reference_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    own: Statistics,
+    population: Population,
+    batch_size: Tensor | None,
+    feature_dim: int,
+    per_channel: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needed = reference.needed_statistics(population)
+    if any(n and stat.numel() == 0 for n, stat in zip(needed, own, strict=True)):
+        a = x.to(reference.accumulation_dtype(x.dtype))
+        own = reference.compute_statistics(a, population, feature_dim, per_channel)[1]
     grad_x, grad_weight, grad_bias = reference.gradients(
         grad_y, x, weight, own, population, batch_size, feature_dim, per_channel, eps
     )
     return _like(grad_x, x), grad_weight, grad_bias
+
+
+torch.library.impl(FORWARD, "default", func=_forward)
+torch.library.impl(BACKWARD, "default", func=_backward)
+
+
+@functools.cache
+def _triton() -> Any:
+    """The module `cuda`, imported at the first CUDA tensor; None where there is no Triton."""
+    try:
+        from lightning_bln.ops import cuda
+    except ImportError as error:
+        warnings.warn(
+            f"Batch layer normalization runs on CUDA in plain PyTorch, several times slower, because Triton cannot be "
+            f"imported ({error}); pip install triton brings the fast kernel.",
+            stacklevel=2,
+        )
+        return None
+    return cuda
+
+
+def _forward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    kernels = _triton()
+    return (_forward if kernels is None else kernels.forward)(*args)
+
+
+def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    kernels = _triton()
+    return (_backward if kernels is None else kernels.backward)(*args)
+
+
+torch.library.impl(FORWARD, "cuda", func=_forward_cuda)
+torch.library.impl(BACKWARD, "cuda", func=_backward_cuda)
 
 
 @torch.library.register_fake(BACKWARD)
@@ -127,10 +232,31 @@ def _backward_fake(grad_y: Tensor, x: Tensor, weight: Tensor | None, *rest: Any)
     return torch.empty_like(x), vector, torch.empty_like(vector)
 
 
+def _worth_saving(x: Tensor, own: tuple[Tensor, ...]) -> list[Tensor]:
+    """The mini-batch statistics that take up at most `SAVED_SHARE` of x's memory, shape (0,) in place of the others.
+
+    Batch statistics come first, since a kernel needs all samples to take them again; their mean alone, if that fits.
+    None are saved by a graph that is compiled for any size: it must not be compiled again for the other answer.
+    """
+    left = SAVED_SHARE * x.numel() * x.element_size() if isinstance(x.numel(), int) else -1.0
+    kept: list[Tensor] = []
+    for mean, var in (own[:2], own[2:]):
+        sizes = [stat.numel() * stat.element_size() for stat in (mean, var)]
+        if sum(sizes) <= left:
+            kept += [mean, var]
+            left -= sum(sizes)
+        elif not kept and sizes[0] <= left:
+            kept += [mean, x.new_empty(0, dtype=var.dtype)]
+            left -= sizes[0]
+        else:
+            kept += [x.new_empty(0, dtype=mean.dtype), x.new_empty(0, dtype=var.dtype)]
+    return kept
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, *population, batch_size, feature_dim, per_channel, eps = inputs
     # x and the small statistics; nothing of x's size besides.
-    ctx.save_for_backward(x, weight, *output[1:], *population, batch_size)
+    ctx.save_for_backward(x, weight, *_worth_saving(x, output[1:]), *population, batch_size)
     ctx.mark_non_differentiable(*output[1:])
     ctx.weight_dtype = None if weight is None else weight.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -150,6 +276,27 @@ def _autograd(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(FORWARD, _autograd, setup_context=_save_for_backward)
+
+
+class _Eager(torch.autograd.Function):
+    """The same formula without the op's own wrapping, which takes longer than a small layer does."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = torch.ops.lightning_bln.batch_layer_norm(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _autograd(ctx, *grads)
+
+
+def run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op, called with its own arguments, on the shortest way."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return torch.ops.lightning_bln.batch_layer_norm(*inputs)
+    return _Eager.apply(*inputs)
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -102,6 +102,12 @@ def _var_mean(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
     return torch.var_mean(x, dim=dims, correction=0)
 
 
+def needed_statistics(population: Population) -> tuple[bool, bool, bool, bool]:
+    """Which of the mini-batch's own statistics `compute_statistics` computes."""
+    b, f = population[:2], population[2:]
+    return None in b, b[1] is None, None in f, f[1] is None
+
+
 def compute_statistics(
     x: Tensor, population: Population, feature_dim: int, per_channel: bool
 ) -> tuple[Statistics, Statistics]:

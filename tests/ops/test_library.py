@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import Layout
 from test_reference import random_population
 from tolerances import assert_close
