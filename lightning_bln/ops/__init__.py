@@ -168,9 +168,7 @@ def batch_layer_norm(
         flags = StatFlags() if flags is None else StatFlags.parse(flags)
         chosen = Population(*(stat if flag else None for stat, flag in zip(population, flags, strict=True)))
         _check_population(chosen, x, axis, statistics)
-    y, *own = library.run(
-        x, weight, bias, *chosen, batch_size, axis, statistics == "per_channel", eps
-    )
+    y, *own = library.run(x, weight, bias, *chosen, batch_size, axis, statistics == "per_channel", eps)
     return (y, Statistics(*own)) if return_statistics else y
 
 

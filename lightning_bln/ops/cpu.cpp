@@ -23,6 +23,7 @@
 // Nothing depends on which thread runs a task, only on how many tasks there are: results repeat bit for bit.
 // Sums that could cancel are taken around a first value or around the mean, never on raw squares.
 
+#if LIGHTNING_BLN_PART == 0  // PyTorch's headers take longer to read than the engines to compile
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -30,6 +31,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -55,10 +57,13 @@
 
 namespace lightning_bln {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// For plain loops that the compiler is to turn into vector code by itself; doing that everywhere costs seconds of
+// compiling and gains nothing, since the passes over the data are written as vectors.
+#if defined(__GNUC__) && !defined(__clang__)
+#define BLN_VECTORIZE __attribute__((optimize("tree-vectorize", "vect-cost-model=dynamic"), noinline))
+#else
+#define BLN_VECTORIZE
+#endif
 
 constexpr double kDelta = 1e-4;
 constexpr int64_t kLine = 64;  // bytes in a cache line
@@ -150,6 +155,10 @@ struct Memory {
   static void store(T* p, Vec<A> v) { put<A>(p, v); }
 };
 
+#if LIGHTNING_BLN_PART == 0
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
 template <>
 struct Memory<BFloat16, float> {
   using Bits = VectorOf<float>::bits;
@@ -196,6 +205,7 @@ struct Memory<Half, float> {
 #endif
   }
 };
+#endif
 
 // A row that ends within a vector.
 template <class T, class A>
@@ -260,6 +270,10 @@ struct Range {
 // Part i of `parts` nearly equal ones.
 inline Range part_of(int64_t size, int64_t parts, int64_t i) { return {size * i / parts, size * (i + 1) / parts}; }
 
+// PyTorch's threads, in part 0.
+void in_parallel(int64_t tasks, void (*f)(int64_t, int64_t, void*), void* context);
+int64_t thread_count();
+
 template <class F>
 void run_tasks(int64_t tasks, const F& f) {
   auto run = [&](int64_t begin, int64_t end) {
@@ -272,7 +286,8 @@ void run_tasks(int64_t tasks, const F& f) {
   if (tasks == 1) {
     run(0, 1);
   } else {
-    torch::stable::parallel_for(0, tasks, 1, run);
+    using Run = decltype(run);
+    in_parallel(tasks, [](int64_t begin, int64_t end, void* f) { (*static_cast<Run*>(f))(begin, end); }, &run);
   }
 }
 
@@ -526,10 +541,10 @@ struct Block {
     A *sum, *sum_deviation;     // sums over c of G and of G * (x - center)
   };
 
-  // Sums over the slabs for each key: of g, g * (x - center) and g * normalised feature part.
+  // Sums over the slabs for each key: of g, g * (x - center), g * normalised feature part.
   struct BatchSums {
-    A *g, *gd, *gf;
-    A* square;  // of (x - center)^2; null where it is not wanted
+    A *g, *gd, *gf, *d;  // d: of x - center, what rounding left in the center
+    A* square;           // of (x - center)^2; null where it is not wanted
   };
 
   // The reductions of the backward pass: sets the slabs' feature sums, adds to the sums for each key.
@@ -574,7 +589,7 @@ struct Block {
       if (p.sp == p.C && p.C == padded) return {1, width * p.C, 0, 0, 0, p.sn};
       return {width, p.C, p.sp, padded, 0, p.sn};
     }
-    return {p.C, width, p.sc, R, group_stride, 8 * p.sc};
+    return {p.C, width, p.sc, R, group_stride, 4 * p.sc};
   }
 
   // Lanes beyond the last position: zeros, so that nothing there is read before it is written.
@@ -806,7 +821,7 @@ struct Block {
           [&](int64_t r, int64_t c, V(&terms)[U][2]) {
             const int64_t k = r * padded + c, key = r * key_row + c, at = f0 + r;
             const V cb = get<A>(center_b + key), W = get<A>(W_all + c);
-            V sg{}, sgd{}, sgf{}, sq{};
+            V sg{}, sgd{}, sgf{}, sd{}, sq{};
 #pragma GCC unroll 8
             for (int u = 0; u < U; ++u) {
               const V xv = get<A>(x + u * slab + k), gv = get<A>(g + u * slab + k);
@@ -814,13 +829,16 @@ struct Block {
               terms[u][0] = gw;
               terms[u][1] = gw * d;
               sg += gv;
-              sgd += gv * (xv - cb);
-              sq += (xv - cb) * (xv - cb);
+              const V db = xv - cb;
+              sgd += gv * db;
+              sd += db;
+              sq += db * db;
               sgf += gv * (d * splat<A>(f.rstd[at + u * features]) + splat<A>(f.offset[at + u * features]));
             }
             add_to(sums.g + key, sg);
             add_to(sums.gd + key, sgd);
             add_to(sums.gf + key, sgf);
+            add_to(sums.d + key, sd);
             if (sums.square) add_to(sums.square + key, sq);
           },
           [&](int u, int64_t r0, int rows, V(&totals)[2]) {
@@ -843,7 +861,7 @@ struct Block {
         for (int64_t c = tile.begin; c < tile.end; ++c) {
           const int64_t k = c * R + v * L;
           const V cb = get<A>(center_b + k), W = splat<A>(W_all[c]);
-          V sg{}, sgd{}, sgf{}, sq{};
+          V sg{}, sgd{}, sgf{}, sd{}, sq{};
 #pragma GCC unroll 8
           for (int u = 0; u < U; ++u) {
             const V xv = get<A>(x + u * slab + k), gv = get<A>(g + u * slab + k);
@@ -851,13 +869,16 @@ struct Block {
             G[u] += gw;
             GD[u] += gw * d;
             sg += gv;
-            sgd += gv * (xv - cb);
-            sq += (xv - cb) * (xv - cb);
+            const V db = xv - cb;
+            sgd += gv * db;
+            sd += db;
+            sq += db * db;
             sgf += gv * (d * rf[u] + of[u]);
           }
           add_to(sums.g + k, sg);
           add_to(sums.gd + k, sgd);
           add_to(sums.gf + k, sgf);
+          add_to(sums.d + k, sd);
           if (sums.square) add_to(sums.square + k, sq);
         }
 #pragma GCC unroll 8
@@ -982,6 +1003,7 @@ template <class A, bool FeaturesLast>
 class Engine {
   using V = Vec<A>;
   using B = Block<A, FeaturesLast>;
+  static constexpr int64_t kPart = 32;  // samples whose sums are taken before they are added to those of others
   static constexpr int L = kLanes<A>;
   static constexpr int R = kRow<A>;
 
@@ -1063,7 +1085,7 @@ class Engine {
   Plan choose(bool may_fuse, bool reduces, int64_t inputs) const {
     Plan plan;
     plan.chunk = reduces ? 8 : FeaturesLast ? 4 : 2;
-    const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    const int64_t threads = std::max<int64_t>(1, thread_count());
     const int64_t tasks = std::clamp<int64_t>(p.N * p.C * p.P / 65536, 1, threads);
     const int64_t unit = FeaturesLast ? 1 : R;  // positions that a slab cannot be narrower than
     const int64_t units = ceil_div(p.P, unit);
@@ -1080,7 +1102,8 @@ class Engine {
       // Rows of several lines if at all possible, since each may lie in a page of its own.
       per_block = std::clamp<int64_t>(limit / unit_bytes, 1, 8);
     } else {
-      per_block = std::clamp<int64_t>(FeaturesLast ? 1024 / row : 4, 1, units);
+      per_block = FeaturesLast ? 1024 / row : reduces ? 4 : std::max<int64_t>(4, 16384 / row);
+      per_block = std::clamp<int64_t>(per_block, 1, units);
     }
     if (plan.fused) {
       const int64_t blocks = ceil_div(ceil_div(units, per_block), tasks) * tasks;
@@ -1165,12 +1188,12 @@ class Engine {
   }
 
   // 1 / sqrt(var + eps); the two may be one array.
-  void to_rstd(const A* var, A* rstd, int64_t count) const {
+  BLN_VECTORIZE void to_rstd(const A* var, A* rstd, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) rstd[i] = A(1) / std::sqrt(var[i] + p.eps);
   }
 
   // values[k] *= W of the key's feature * factor
-  void times_weight(const B& b, A* values, A factor) const {
+  BLN_VECTORIZE void times_weight(const B& b, A* values, A factor) const {
     if constexpr (FeaturesLast) {
       for (int64_t k = 0; k < b.keys; k += b.padded) {
         for (int64_t c = 0; c < b.padded; ++c) values[k + c] *= p.W[c] * factor;
@@ -1221,6 +1244,7 @@ class Engine {
     }
     if (!with_batch) return s;
     A* total = task_scratch.take<A>(g0.keys);
+    A* part = task_scratch.take<A>(2 * g0.keys);
     const A inverse = A(1) / A(p.N);
     for (int64_t i = 0; i < groups; ++i) {
       const B g = b.group(i);
@@ -1229,7 +1253,14 @@ class Engine {
         mean[k] *= inverse;
         total[k] = var[k] = 0;
       }
-      g.template second_pass<true>(s.x + i * per_group, p.N, s.mean_f + i * p.N * g.features, s.off_f, s.var_f + i * p.N * g.features, mean, total, var);
+      for (int64_t n = 0; n < p.N; n += kPart) {
+        const int64_t at = (i * p.N + n) * g.features;
+        std::fill(part, part + 2 * g.keys, A(0));
+        g.template second_pass<true>(s.x + i * per_group + n * g.slab, std::min(kPart, p.N - n), s.mean_f + at, s.off_f, s.var_f + at, mean, part,
+                                     part + g.keys);
+        add_all(total, part, g.keys);
+        add_all(var, part + g.keys, g.keys);
+      }
       for (int64_t k = 0; k < g.keys; ++k) {
         const A d = total[k] * inverse;
         mean[k] += d;
@@ -1265,15 +1296,15 @@ class Engine {
   // Arrays of a group for the backward pass.
   struct Terms {
     A *center, *used, *scale, *slope, *offset, *rstd;  // for each key; used: the mean that was used
-    typename B::BatchSums sums;
+    typename B::BatchSums sums, part;  // part: of a few samples, so that no sum has many terms of its own size
     typename B::FeatureTerms f;
     A* used_f;
   };
 
   Terms take_terms(int64_t keys, int64_t features) const {
     Terms t;
-    t.sums.square = nullptr;
-    for (A** array : {&t.center, &t.used, &t.scale, &t.slope, &t.offset, &t.rstd, &t.sums.g, &t.sums.gd, &t.sums.gf}) {
+    t.sums.square = t.part.square = nullptr;
+    for (A** array : {&t.center, &t.used, &t.scale, &t.slope, &t.offset, &t.rstd, &t.sums.g, &t.sums.gd, &t.sums.gf, &t.sums.d, &t.part.g, &t.part.gd, &t.part.gf, &t.part.d}) {
       *array = task_scratch.take<A>(keys);
     }
     for (A** array : {&t.f.center, &t.f.rstd, &t.f.offset, &t.f.sum, &t.f.sum_deviation, &t.used_f}) *array = task_scratch.take<A>(features);
@@ -1281,11 +1312,29 @@ class Engine {
   }
 
   void clear_sums(Terms& t, int64_t keys) const {
-    for (A* sum : {t.sums.g, t.sums.gd, t.sums.gf}) std::fill(sum, sum + keys, A(0));
+    for (A* sum : {t.sums.g, t.sums.gd, t.sums.gf, t.sums.d}) std::fill(sum, sum + keys, A(0));
+  }
+
+  static BLN_VECTORIZE void add_all(A* to, const A* from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  }
+
+  // `reduce` of n slabs on top of t.sums. Features from slab n0 of t.f on.
+  void reduce_part(const B& b, const A* x, const A* g, int64_t n0, int64_t n, Terms& t) const {
+    for (A* sum : {t.part.g, t.part.gd, t.part.gf, t.part.d}) std::fill(sum, sum + b.keys, A(0));
+    if (t.part.square) std::fill(t.part.square, t.part.square + b.keys, A(0));
+    typename B::FeatureTerms f = t.f;
+    for (A** array : {&f.center, &f.rstd, &f.offset, &f.sum, &f.sum_deviation}) *array += n0 * b.features;
+    b.reduce(x + n0 * b.slab, g + n0 * b.slab, n, t.center, t.part, f);
+    add_all(t.sums.g, t.part.g, b.keys);
+    add_all(t.sums.gd, t.part.gd, b.keys);
+    add_all(t.sums.gf, t.part.gf, b.keys);
+    add_all(t.sums.d, t.part.d, b.keys);
+    if (t.part.square) add_all(t.sums.square, t.part.square, b.keys);
   }
 
   // From the centers of n slabs, and the variances that were used in t.f.rstd, to what `reduce` needs.
-  void prepare_features(const B& b, int64_t n0, int64_t n, Terms& t) const {
+  BLN_VECTORIZE void prepare_features(const B& b, int64_t n0, int64_t n, Terms& t) const {
     const int64_t count = n * b.features;
     to_rstd(t.f.rstd, t.f.rstd, count);
     if (p.feature.own() && p.feature.mean.data) {
@@ -1297,7 +1346,7 @@ class Engine {
   }
 
   // From the sums over features to the offset and the slope that `differentiate` takes off.
-  void finish_features(int64_t count, Terms& t) const {
+  BLN_VECTORIZE void finish_features(int64_t count, Terms& t) const {
     const A inverse = A(1) / A(p.C);
     const A mean_own = p.feature.mean.data ? A(0) : inverse, var_own = p.feature.var.data ? A(0) : inverse;
     for (int64_t i = 0; i < count; ++i) {
@@ -1310,7 +1359,7 @@ class Engine {
   }
 
   // From the sums over samples and the variance that was used, in t.rstd, to the batch terms of dx.
-  void finish_keys(const B& b, Terms& t) const {
+  BLN_VECTORIZE void finish_keys(const B& b, Terms& t) const {
     const A inverse = A(1) / A(p.batch_count());
     const A mean_own = p.batch.mean.data ? A(0) : inverse, var_own = p.batch.var.data ? A(0) : inverse;
     to_rstd(t.rstd, t.rstd, b.keys);
@@ -1318,11 +1367,15 @@ class Engine {
       load_keys(b, p.batch.mean, t.used);
       for (int64_t k = 0; k < b.keys; ++k) t.sums.gd[k] += (t.center[k] - t.used[k]) * t.sums.g[k];
     }
+    // What rounding left in the center, which is the own mean: sums over many samples need it if the mean is large.
+    const A residue = p.batch.own() ? inverse : A(0), residue_of_mean = p.batch.mean.data ? A(0) : residue;
+    for (int64_t k = 0; k < b.keys; ++k) t.sums.gd[k] -= residue_of_mean * t.sums.d[k] * t.sums.g[k];
     std::memcpy(t.scale, t.rstd, b.keys * sizeof(A));
     times_weight(b, t.scale, p.w_b);
     for (int64_t k = 0; k < b.keys; ++k) {
       t.offset[k] = mean_own * t.scale[k] * t.sums.g[k];
       t.slope[k] = var_own * t.scale[k] * t.rstd[k] * t.rstd[k] * t.sums.gd[k];
+      t.offset[k] -= residue * t.sums.d[k] * t.slope[k];
     }
   }
 
@@ -1372,6 +1425,7 @@ class Engine {
       if (!missing_b) load_keys(g, p.batch.center(), t.center);
       if (p.batch.var_unknown) {
         t.sums.square = t.rstd;
+        t.part.square = t.scale;  // free until `finish_keys`
         std::fill(t.rstd, t.rstd + g.keys, A(0));
       } else if (!missing_b || p.batch.var.data) {
         load_keys(g, p.batch.used_var(), t.rstd);
@@ -1380,9 +1434,12 @@ class Engine {
       if (!missing_f || p.feature.var.data) load_features(g, p.feature.used_var(), 0, p.N, t.f.rstd);
       prepare_features(g, 0, p.N, t);
       clear_sums(t, g.keys);
-      g.reduce(x, gy, p.N, t.center, t.sums, t.f);
+      for (int64_t n = 0; n < p.N; n += kPart) reduce_part(g, x, gy, n, std::min(kPart, p.N - n), t);
       finish_features(p.N * g.features, t);
-      for (int64_t k = 0; k < g.keys && p.batch.var_unknown; ++k) t.rstd[k] *= A(1) / A(p.N);
+      for (int64_t k = 0; k < g.keys && p.batch.var_unknown; ++k) {
+        const A d = t.sums.d[k] / A(p.N);
+        t.rstd[k] = t.rstd[k] / A(p.N) - d * d;
+      }
       finish_keys(g, t);
       g.differentiate(x, gy, g.target(gy, 0), p.N, batch_terms(t), t.f);
       if (!g.direct()) g.unpack(gy, 0, p.N);
@@ -1581,6 +1638,7 @@ class Engine {
     const int64_t parts = p.per_channel ? plan.tasks : plan.parts_n;
     A* sums_g = call_scratch.take<A>(parts * keys);
     A* sums_gd = call_scratch.take<A>(parts * keys);
+    A* sums_d = call_scratch.take<A>(parts * keys);
     A* offset_f = call_scratch.take<A>(p.N * p.P);
     A* slope_f = call_scratch.take<A>(p.N * p.P);
     run_tasks(plan.tasks, [&](int64_t t) {
@@ -1594,6 +1652,7 @@ class Engine {
       if (p.per_channel) {
         std::fill(sums_g + t * keys, sums_g + (t + 1) * keys, A(0));
         std::fill(sums_gd + t * keys, sums_gd + (t + 1) * keys, A(0));
+        std::fill(sums_d + t * keys, sums_d + (t + 1) * keys, A(0));
       }
       for (int64_t j = own.blocks.begin; j < own.blocks.end; ++j) {
         const B b = block(plan, j);
@@ -1611,7 +1670,7 @@ class Engine {
             load_features(g, p.feature.center(), n, count, m.f.center);
             load_features(g, p.feature.used_var(), n, count, m.f.rstd);
             prepare_features(g, n, count, m);
-            g.reduce(slabs + i * per_group, gradients + i * per_group, count, m.center, m.sums, m.f);
+            reduce_part(g, slabs + i * per_group, gradients + i * per_group, 0, count, m);
             finish_features(count * g.features, m);
             store_features(g, m.f.sum, n, count, offset_f);
             store_features(g, m.f.sum_deviation, n, count, slope_f);
@@ -1623,12 +1682,13 @@ class Engine {
           for (int64_t k = 0; k < g.keys; ++k) {
             sums_g[at + k] = (p.per_channel ? sums_g[at + k] : A(0)) + terms[i].sums.g[k];
             sums_gd[at + k] = (p.per_channel ? sums_gd[at + k] : A(0)) + terms[i].sums.gd[k];
+            sums_d[at + k] = (p.per_channel ? sums_d[at + k] : A(0)) + terms[i].sums.d[k];
           }
           add_gradients(g, terms[i], false, true, grads[t].data());
         }
       }
     });
-    if (p.per_channel) merge_channels(plan, keys, sums_g, sums_gd);
+    if (p.per_channel) merge_channels(plan, keys, {sums_g, sums_gd, sums_d});
     run_tasks(plan.tasks, [&](int64_t t) {
       const Share own = share(plan, t);
       const B b0 = block(plan, own.blocks.begin), g0 = b0.group(0);
@@ -1650,6 +1710,7 @@ class Engine {
             for (int64_t k = 0; k < g.keys; ++k) {
               m.sums.g[k] += sums_g[part * keys + at + k];
               m.sums.gd[k] += sums_gd[part * keys + at + k];
+              m.sums.d[k] += sums_d[part * keys + at + k];
             }
           }
           finish_keys(g, m);
@@ -1681,9 +1742,9 @@ class Engine {
   }
 
   // Per channel: the sums of all tasks and lanes, for every key of the first task's arrays.
-  void merge_channels(const Plan& plan, int64_t keys, A* sums_g, A* sums_gd) const {
+  void merge_channels(const Plan& plan, int64_t keys, std::initializer_list<A*> all) const {
     const int64_t lanes = FeaturesLast ? 1 : R;
-    for (A* sums : {sums_g, sums_gd}) {
+    for (A* sums : all) {
       for (int64_t c = 0; c < p.C; ++c) {
         double total = 0;
         for (int64_t t = 0; t < plan.tasks; ++t) {
@@ -1703,36 +1764,54 @@ class Engine {
   }
 };
 
-// The file is compiled twice, at the same time, and linked: with LIGHTNING_BLN_DOUBLE defined it holds the float64
-// engines only, else everything but those.
-template <class A>
-void run(Problem<A>& p, bool features_last, bool backward);
+// The file is compiled three times, side by side, and linked: LIGHTNING_BLN_PART says which engines an object holds. The
+// first one holds everything else besides.
+template <class A, bool FeaturesLast>
+void run(Problem<A>& p, bool backward);
 
-#if defined(LIGHTNING_BLN_DOUBLE)
-using Here = double;
-#else
-using Here = float;
-#endif
-
-template <>
-void run<Here>(Problem<Here>& p, bool features_last, bool backward) {
-  if (features_last) {
-    Engine<Here, true> engine(p);
-    backward ? engine.backward() : engine.forward();
-  } else {
-    Engine<Here, false> engine(p);
-    backward ? engine.backward() : engine.forward();
-  }
+template <class A, bool FeaturesLast>
+void run_here(Problem<A>& p, bool backward) {
+  Engine<A, FeaturesLast> engine(p);
+  backward ? engine.backward() : engine.forward();
 }
 
-#if !defined(LIGHTNING_BLN_DOUBLE)
-
+#if LIGHTNING_BLN_PART == 1
 template <>
-void run<double>(Problem<double>& p, bool features_last, bool backward);  // in the other object
+void run<float, true>(Problem<float>& p, bool backward) {
+  run_here<float, true>(p, backward);
+}
+#elif LIGHTNING_BLN_PART == 2
+template <>
+void run<double, true>(Problem<double>& p, bool backward) {
+  run_here<double, true>(p, backward);
+}
+template <>
+void run<double, false>(Problem<double>& p, bool backward) {
+  run_here<double, false>(p, backward);
+}
+#else
+template <>
+void run<float, false>(Problem<float>& p, bool backward) {
+  run_here<float, false>(p, backward);
+}
+template <>
+void run<float, true>(Problem<float>& p, bool backward);
+template <>
+void run<double, true>(Problem<double>& p, bool backward);
+template <>
+void run<double, false>(Problem<double>& p, bool backward);
 
 // ------------------------------------------------------------------------------------------- tensors to problems
 
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
+
+void in_parallel(int64_t tasks, void (*f)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { f(begin, end, context); });
+}
+
+int64_t thread_count() { return torch::stable::get_num_threads(); }
 
 // The feature axis first among those from `to` on: positions keep their order.
 Tensor move_axis(Tensor t, int64_t from, int64_t to) {
@@ -1892,7 +1971,8 @@ void set_up(Problem<A>& p, const Format<A>& format, const Input& in, const Optio
   p.eps = A(eps);
   int64_t nominal = in.N;
   if (batch_size) {
-    const int64_t given = *static_cast<const int64_t*>(batch_size->const_data_ptr());
+    const Tensor whole = batch_size->scalar_type() == ScalarType::Long ? *batch_size : torch::stable::to(*batch_size, ScalarType::Long);
+    const int64_t given = *static_cast<const int64_t*>(whole.const_data_ptr());
     if (given > 0) nominal = given;
   }
   const A inverse = A(1) / A(std::max<int64_t>(nominal, 1));
@@ -2029,7 +2109,7 @@ Forward forward_as(const Format<A>& format, const Tensor& x, const Optional& wei
     p.feature.sp = 1;
   }
   if (!feature_var) p.feature.own_var = static_cast<A*>(own_feature_var.mutable_data_ptr());
-  run(p, in.features_last, false);
+  in.features_last ? run<A, true>(p, false) : run<A, false>(p, false);
   own_batch_mean.finish();
   own_batch_var.finish();
   return {as_given(y, x, in, feature_dim), own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var};
@@ -2078,7 +2158,7 @@ Backward backward_as(const Format<A>& format, const Tensor& grad_y, const Tensor
     const Optional var = p.feature.var.data ? Optional() : Optional(own_feature_var);
     take(p.feature, given.feature(own_feature_mean, x.dim(), in.P), given.feature(var, x.dim(), in.P));
   }
-  run(p, in.features_last, true);
+  in.features_last ? run<A, true>(p, true) : run<A, false>(p, true);
   return {as_given(grad_x, x, in, feature_dim), grad_weight, grad_bias};
 }
 
@@ -2115,7 +2195,7 @@ Backward backward(const Tensor& grad_y, const Tensor& x, Optional weight, const 
 
 // running = new value where `first`, else lerp(running, new value, rate); as torch.lerp rounds it.
 template <class A, class F>
-void accumulate_into(A* running, int64_t count, bool first, A rate, const F& value) {
+BLN_VECTORIZE void accumulate_into(A* running, int64_t count, bool first, A rate, const F& value) {
   if (first) {
     for (int64_t i = 0; i < count; ++i) running[i] = value(i);
   } else if (rate < A(0.5)) {
@@ -2174,11 +2254,11 @@ void accumulate(const Tensor& batch_mean, const Tensor& batch_var, const Tensor&
   batch_mean.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }
 
-#endif  // LIGHTNING_BLN_DOUBLE
+#endif  // LIGHTNING_BLN_PART
 
 }  // namespace lightning_bln
 
-#if !defined(LIGHTNING_BLN_DOUBLE)
+#if LIGHTNING_BLN_PART == 0
 STABLE_TORCH_LIBRARY_IMPL(lightning_bln, CPU, m) {
   m.impl("batch_layer_norm", TORCH_BOX(&lightning_bln::forward));
   m.impl("batch_layer_norm_backward", TORCH_BOX(&lightning_bln::backward));

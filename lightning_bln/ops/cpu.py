@@ -30,14 +30,20 @@ import torch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
-# Each part is one run of the compiler; they run side by side, since one alone takes twice as long.
-PARTS = ((), ("-DLIGHTNING_BLN_DOUBLE",))
+# What each run of the compiler adds to the flags; they run side by side, since one for all takes twice as long.
+PARTS = (("-DLIGHTNING_BLN_PART=0",), ("-DLIGHTNING_BLN_PART=1",), ("-DLIGHTNING_BLN_PART=2", "-O1"))
 
 _lock = threading.Lock()
 
 
 class BuildError(RuntimeError):
-    """The kernel could not be compiled or loaded; says why."""
+    """The kernel could not be compiled or loaded; says why, and what to do."""
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(reason)
+        self.advice = advice or (
+            "Install a C++20 compiler (Debian, Ubuntu: apt install g++) or name one in the environment variable CXX"
+        )
 
 
 def compiler() -> list[str]:
@@ -65,8 +71,6 @@ def compile_flags() -> list[str]:
     native = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
     return [
         "-O2",
-        "-ftree-vectorize",
-        "-fvect-cost-model=dynamic",
         native,
         "-std=c++20",
         "-fPIC",
@@ -121,7 +125,9 @@ def library_name(command: list[str]) -> str:
 def _private(folder: Path) -> bool:
     """Whether nobody else can write into the folder: what lies there is going to be run."""
     info = folder.stat()
-    return not hasattr(os, "getuid") or (info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+    return not hasattr(os, "getuid") or (
+        info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
 
 
 @contextlib.contextmanager
@@ -153,12 +159,12 @@ def build(folder: Path) -> Path:
     command = compiler()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _private(folder):
-        raise BuildError(f"others can write into the cache folder {folder}; call chmod go-w {folder}, say")
+        raise BuildError(f"others can write into the cache folder {folder}", advice=f"Call: chmod go-w {folder}")
     target = folder / library_name(command)
-    if target.exists():
+    if _whole(target):
         return target
     with _one_process(folder):
-        if target.exists():
+        if _whole(target):
             return target
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             objects = [str(Path(scratch) / f"{i}.o") for i in range(len(PARTS))]
@@ -170,9 +176,22 @@ def build(folder: Path) -> Path:
             )
             library = Path(scratch) / "cpu.so"
             _run([[*command, *objects, "-o", str(library), *link_flags()]])
-            # In one step, so that no other process ever sees half of it.
+            digest = Path(scratch) / "digest"
+            digest.write_text(_sha256(library))
+            # Each in one step, and the digest last: without it the library does not count.
             library.replace(target)
+            digest.replace(target.with_suffix(".sha256"))
     return target
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _whole(library: Path) -> bool:
+    """Whether the library is there as it was built: a part of one, after a full disk, would end the process."""
+    digest = library.with_suffix(".sha256")
+    return library.is_file() and digest.is_file() and digest.read_text() == _sha256(library)
 
 
 def _run(commands: list[list[str]]) -> None:
@@ -196,7 +215,7 @@ def _run(commands: list[list[str]]) -> None:
         for process in running:
             if process.poll() is None:
                 process.kill()
-                process.wait()
+            process.communicate()
 
 
 def load() -> bool:
@@ -220,17 +239,12 @@ def _load() -> bool:
             with tempfile.TemporaryDirectory(prefix="lightning-bln-") as scratch:
                 torch.ops.load_library(str(build(Path(scratch))))
             return True
-        try:
-            torch.ops.load_library(str(library))
-        except OSError:
-            # Half a file after a full disk, say.
-            library.unlink(missing_ok=True)
-            torch.ops.load_library(str(build(folder)))
+        torch.ops.load_library(str(library))
     except (BuildError, OSError) as error:
+        advice = error.advice if isinstance(error, BuildError) else "Check the compiler, CXX and LIGHTNING_BLN_CACHE"
         warnings.warn(
             f"Batch layer normalization runs on the CPU in plain PyTorch, several times slower, because its kernel "
-            f"could not be compiled: {error}. Install a C++20 compiler (Debian, Ubuntu: apt install g++) or name one in "
-            f"the environment variable CXX.",
+            f"could not be compiled: {error}. {advice}.",
             stacklevel=2,
         )
         return False
