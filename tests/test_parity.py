@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tolerances import assert_close
+from tolerances import TOLERANCES, assert_close
 from torch import Tensor
 
 from lightning_bln import BatchLayerNorm, StatFlags, set_flags_, start_epoch
@@ -41,12 +41,12 @@ def golden(name: str) -> dict[str, Tensor]:
 
 
 @functools.cache
-def ours(name: str, variant: str) -> dict[str, Tensor]:
+def ours(name: str, variant: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """What the layer makes of a file's inputs, under the file's keys and in its shapes."""
-    data = golden(name)
+    data = {key: value.to(dtype) if value.is_floating_point() else value for key, value in golden(name).items()}
     feature_dim, to_layer, back = VARIANTS[variant]
     B, C = data["x_eval"].shape[0], data["gamma"].numel()
-    layer = BatchLayerNorm(C, feature_dim=feature_dim, feature_population="slot", batch_size=B)
+    layer = BatchLayerNorm(C, feature_dim=feature_dim, feature_population="slot", batch_size=B, dtype=dtype)
     with torch.no_grad():
         layer.weight.copy_(data["gamma"])
         layer.bias.copy_(data["beta"])
@@ -84,7 +84,13 @@ class TestParity:
     @pytest.mark.parametrize("key", ["y", "dx", "dgamma", "dbeta"])
     def test_training_outputs_and_gradients(self, name: str, variant: str, key: str):
         assert golden(name)[key].isfinite().all()
-        assert_close(ours(name, variant)[key], golden(name)[key])
+        actual, expected = ours(name, variant)[key], golden(name)[key]
+        # The files were computed in float32 too, and at B = 2 their dx is up to 4e-5 off the exact value: where they are
+        # off, we may differ from them by as much more.
+        error = (expected.double() - ours(name, variant, torch.float64)[key]).abs()
+        assert error.max() < 1e-4
+        allowed = TOLERANCES[torch.float32]["atol"] + TOLERANCES[torch.float32]["rtol"] * expected.abs() + error
+        assert ((actual - expected).abs() <= allowed).all()
 
     @pytest.mark.parametrize("statistic", ["batch_mean", "batch_var", "feature_mean", "feature_var"])
     def test_population_statistics_after_each_epoch(self, name: str, variant: str, statistic: str):
