@@ -35,7 +35,7 @@ SOURCES = (
 def cache_folder() -> Path:
     """Where the package keeps what it compiled, too."""
     own, general = os.environ.get("LIGHTNING_BLN_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else Path(general or Path.home() / ".cache") / "lightning_bln"
+    return Path(own) if own else Path(general or Path.home() / ".cache") / "lightning-bln"
 
 
 def fingerprint(device: str, root: Path = ROOT, paths: Sequence[str] = (*SOURCES, *TESTS)) -> str:

@@ -85,8 +85,8 @@ class TestParity:
     def test_training_outputs_and_gradients(self, name: str, variant: str, key: str):
         assert golden(name)[key].isfinite().all()
         actual, expected = ours(name, variant)[key], golden(name)[key]
-        # The files were computed in float32 too, and at B = 2 their dx is up to 4e-5 off the exact value: where they are
-        # off, we may differ from them by as much more.
+        # The files were computed in float32 too, and at B = 2 their dx is up to 4e-5 off the exact value. Where they
+        # are off, we may differ from them by as much more.
         error = (expected.double() - ours(name, variant, torch.float64)[key]).abs()
         assert error.max() < 1e-4
         allowed = TOLERANCES[torch.float32]["atol"] + TOLERANCES[torch.float32]["rtol"] * expected.abs() + error

@@ -1240,7 +1240,8 @@ def backward(
     if not _same_strides(grad_y, grad_x):
         grad_y = torch.empty_like(grad_x, dtype=grad_y.dtype).copy_(grad_y)
     own = [stat.contiguous() for stat in (own_batch_mean, own_batch_var, own_feature_mean, own_feature_var)]
-    recompute_batch = batch and own_batch_mean.numel() == 0
+    # Of the batch pair the mean alone may have been saved: the phase that finds the variance finds it again.
+    recompute_batch = batch and (own_batch_mean.numel() == 0 or (batch_var is None and own_batch_var.numel() == 0))
     recompute_feature = feature and own_feature_mean.numel() == 0
     counters = 1 + launch.groups + launch.feature_blocks
     phases = 2

@@ -213,7 +213,11 @@ def _triton() -> Any:
 
 def _forward_cuda(*args: Any) -> tuple[Tensor, ...]:
     kernels = _triton()
-    return (_forward if kernels is None else kernels.forward)(*args)
+    if kernels is None:
+        return _forward(*args)
+    x, per_channel = args[0], args[9]
+    y, batch_mean, batch_var, *feature = kernels.forward(*args)
+    return y, _in_batch_layout(batch_mean, x, per_channel), _in_batch_layout(batch_var, x, per_channel), *feature
 
 
 def _backward_cuda(*args: Any) -> tuple[Tensor, ...]:
