@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+from lightning_bln.ops.cpu import cache_folder
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/ops", "tests/test_parity.py")
@@ -30,12 +31,6 @@ SOURCES = (
     "tests/golden",
     "pyproject.toml",
 )
-
-
-def cache_folder() -> Path:
-    """Where the package keeps what it compiled, too."""
-    own, general = os.environ.get("LIGHTNING_BLN_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else Path(general or Path.home() / ".cache") / "lightning-bln"
 
 
 def fingerprint(device: str, root: Path = ROOT, paths: Sequence[str] = (*SOURCES, *TESTS)) -> str:

@@ -388,27 +388,27 @@ class BatchLayerNorm(nn.Module):
         """
         if torch.compiler.is_compiling() or not x.is_cpu or isinstance(samples, Tensor) or not cpu.load():
             return False
-        feature_shape = own.feature_mean.shape[1:] if self.statistics == "per_position" else torch.Size()
-        shapes = (own.batch_mean.shape, own.batch_var.shape, feature_shape, feature_shape)
+        # As the buffers are to be: feature statistics without the samples, and per channel without the positions.
+        feature = own.feature_mean[0] if self.statistics == "per_position" else own.feature_mean.view(-1)[0]
+        news = (own.batch_mean, own.batch_var, feature, feature)
         buffers: list[Tensor] = [getattr(self, name) for name in RUNNING]
         cumulative = self.population != "ema" or self._refreshing or all(running.numel() == 0 for running in buffers)
         # The first batch of an average overwrites what was there, whatever its size.
         overwrites = cumulative and int(self.num_samples) == 0
         if self.feature_population == "slot" or any(
-            running.dtype != own.batch_mean.dtype or not (overwrites or running.shape == shape)
-            for running, shape in zip(buffers, shapes, strict=True)
+            running.dtype != new.dtype or not (overwrites or running.shape == new.shape)
+            for running, new in zip(buffers, news, strict=True)
         ):
             return False
-        with torch.inference_mode(False):
-            for i, (running, shape) in enumerate(zip(buffers, shapes, strict=True)):
-                new = own[i] if i < 2 else torch.empty(shape, dtype=running.dtype, device="meta")
-                if running.shape != shape:
-                    buffers[i] = torch.empty_like(new, device=running.device)
-                elif running.stride() != new.stride():
-                    # Loaded, or of another memory format: in the layout of what comes from now on.
-                    buffers[i] = torch.empty_like(new, device=running.device).copy_(running)
-                if buffers[i] is not running:
-                    setattr(self, RUNNING[i], buffers[i])
+        for i, (running, new) in enumerate(zip(buffers, news, strict=True)):
+            if running.stride() == new.stride() and running.shape == new.shape:
+                continue
+            # Fresh, or loaded, or of another memory format: in the layout of what comes from now on.
+            with torch.inference_mode(False):
+                buffers[i] = torch.empty_like(new)
+                if running.shape == new.shape:
+                    buffers[i].copy_(running)
+            setattr(self, RUNNING[i], buffers[i])
         torch.ops.lightning_bln.accumulate_statistics(
             *buffers,
             self.num_samples,

@@ -21,7 +21,8 @@
 //           blocks: each reduces its part, the parts are merged in a fixed order, and x is read again to normalise.
 //
 // Nothing depends on which thread runs a task, only on how many tasks there are: results repeat bit for bit.
-// Sums that could cancel are taken around a first value or around the mean, never on raw squares.
+// Variances are sums around a mean, never of raw squares, and means that were rounded are corrected by the sum around
+// them.
 
 #if LIGHTNING_BLN_PART == 0  // PyTorch's headers take longer to read than the engines to compile
 #include <torch/csrc/stable/library.h>
@@ -34,12 +35,12 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
-#include <limits>
 #include <memory>
 #include <new>
 #include <optional>
@@ -541,10 +542,12 @@ struct Block {
     A *sum, *sum_deviation;     // sums over c of G and of G * (x - center)
   };
 
-  // Sums over the slabs for each key: of g, g * (x - center), g * normalised feature part.
+  // Sums over the slabs for each key: of g, g * (x - center), g * normalised feature part, and two of x alone.
   struct BatchSums {
     A *g, *gd, *gf, *d;  // d: of x - center, what rounding left in the center
     A* square;           // of (x - center)^2; null where it is not wanted
+
+    std::array<A*, 5> all() const { return {g, gd, gf, d, square}; }
   };
 
   // The reductions of the backward pass: sets the slabs' feature sums, adds to the sums for each key.
@@ -1014,13 +1017,7 @@ class Engine {
     const bool reduces = p.batch.own();
     const Plan plan = choose(reduces && !p.per_channel, reduces, 1);
     if (plan.fused) {
-      run_tasks(plan.tasks, [&](int64_t t) {
-        const Range blocks = part_of(plan.blocks, plan.tasks, t);
-        for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-          task_scratch.reset();
-          forward_block(block(plan, b));
-        }
-      });
+      each_fused_block(plan, [&](const B& b, int64_t) { forward_block(b); });
       return;
     }
     if (reduces) {
@@ -1037,13 +1034,7 @@ class Engine {
     const bool missing_b = p.batch.own() && !p.batch.known, missing_f = p.feature.own() && !p.feature.known;
     std::vector<std::vector<double>> grads(plan.tasks, std::vector<double>(2 * p.C, 0.0));
     if (plan.fused) {
-      run_tasks(plan.tasks, [&](int64_t t) {
-        const Range blocks = part_of(plan.blocks, plan.tasks, t);
-        for (int64_t b = blocks.begin; b < blocks.end; ++b) {
-          task_scratch.reset();
-          backward_block(block(plan, b), missing_b, missing_f, grads[t].data());
-        }
-      });
+      each_fused_block(plan, [&](const B& b, int64_t t) { backward_block(b, missing_b, missing_f, grads[t].data()); });
     } else {
       if (missing_f) {
         p.feature.own_mean = call_scratch.take<A>(p.N * p.P);
@@ -1079,6 +1070,18 @@ class Engine {
   B block(const Plan& plan, int64_t i) const {
     const int64_t first = i * plan.width;
     return B(p, first, std::min(plan.width, p.P - first));
+  }
+
+  // f(block, task) for every block, one task's after the other.
+  template <class F>
+  void each_fused_block(const Plan& plan, const F& f) const {
+    run_tasks(plan.tasks, [&](int64_t t) {
+      const Range blocks = part_of(plan.blocks, plan.tasks, t);
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        task_scratch.reset();
+        f(block(plan, b), t);
+      }
+    });
   }
 
   // reduces: sums over samples are needed. inputs: 1 forward, 2 backward (x and the gradient are both packed).
@@ -1311,8 +1314,10 @@ class Engine {
     return t;
   }
 
-  void clear_sums(Terms& t, int64_t keys) const {
-    for (A* sum : {t.sums.g, t.sums.gd, t.sums.gf, t.sums.d}) std::fill(sum, sum + keys, A(0));
+  static void clear_sums(const typename B::BatchSums& sums, int64_t keys) {
+    for (A* sum : sums.all()) {
+      if (sum) std::fill(sum, sum + keys, A(0));
+    }
   }
 
   static BLN_VECTORIZE void add_all(A* to, const A* from, int64_t count) {
@@ -1321,16 +1326,14 @@ class Engine {
 
   // `reduce` of n slabs on top of t.sums. Features from slab n0 of t.f on.
   void reduce_part(const B& b, const A* x, const A* g, int64_t n0, int64_t n, Terms& t) const {
-    for (A* sum : {t.part.g, t.part.gd, t.part.gf, t.part.d}) std::fill(sum, sum + b.keys, A(0));
-    if (t.part.square) std::fill(t.part.square, t.part.square + b.keys, A(0));
+    clear_sums(t.part, b.keys);
     typename B::FeatureTerms f = t.f;
     for (A** array : {&f.center, &f.rstd, &f.offset, &f.sum, &f.sum_deviation}) *array += n0 * b.features;
     b.reduce(x + n0 * b.slab, g + n0 * b.slab, n, t.center, t.part, f);
-    add_all(t.sums.g, t.part.g, b.keys);
-    add_all(t.sums.gd, t.part.gd, b.keys);
-    add_all(t.sums.gf, t.part.gf, b.keys);
-    add_all(t.sums.d, t.part.d, b.keys);
-    if (t.part.square) add_all(t.sums.square, t.part.square, b.keys);
+    const auto totals = t.sums.all(), parts = t.part.all();
+    for (size_t i = 0; i < parts.size(); ++i) {
+      if (parts[i]) add_all(totals[i], parts[i], b.keys);
+    }
   }
 
   // From the centers of n slabs, and the variances that were used in t.f.rstd, to what `reduce` needs.
@@ -1379,10 +1382,9 @@ class Engine {
     }
   }
 
-  // Adds a block's part of the parameters' gradients: the batch part and the feature part of the weight's, the bias's.
-  void add_gradients(const B& b, const Terms& t, bool batch_part, bool feature_part, double* grads) const {
-    const A w_f = feature_part ? p.w_f : A(0);
-    auto weight_at = [&](int64_t k) { return (batch_part ? get<A>(t.rstd + k) * get<A>(t.sums.gd + k) * p.w_b : V{}) + get<A>(t.sums.gf + k) * w_f; };
+  // Adds a block's part of the parameters' gradients: the feature part of the weight's and, if batch_part, the rest.
+  void add_gradients(const B& b, const Terms& t, bool batch_part, double* grads) const {
+    auto weight_at = [&](int64_t k) { return (batch_part ? get<A>(t.rstd + k) * get<A>(t.sums.gd + k) * p.w_b : V{}) + get<A>(t.sums.gf + k) * p.w_f; };
     auto bias_at = [&](int64_t k) { return batch_part ? get<A>(t.sums.g + k) : V{}; };
     if constexpr (FeaturesLast) {
       for (int64_t c0 = 0; c0 < b.padded; c0 += L) {
@@ -1426,14 +1428,13 @@ class Engine {
       if (p.batch.var_unknown) {
         t.sums.square = t.rstd;
         t.part.square = t.scale;  // free until `finish_keys`
-        std::fill(t.rstd, t.rstd + g.keys, A(0));
       } else if (!missing_b || p.batch.var.data) {
         load_keys(g, p.batch.used_var(), t.rstd);
       }
       if (!missing_f) load_features(g, p.feature.center(), 0, p.N, t.f.center);
       if (!missing_f || p.feature.var.data) load_features(g, p.feature.used_var(), 0, p.N, t.f.rstd);
       prepare_features(g, 0, p.N, t);
-      clear_sums(t, g.keys);
+      clear_sums(t.sums, g.keys);
       for (int64_t n = 0; n < p.N; n += kPart) reduce_part(g, x, gy, n, std::min(kPart, p.N - n), t);
       finish_features(p.N * g.features, t);
       for (int64_t k = 0; k < g.keys && p.batch.var_unknown; ++k) {
@@ -1443,7 +1444,7 @@ class Engine {
       finish_keys(g, t);
       g.differentiate(x, gy, g.target(gy, 0), p.N, batch_terms(t), t.f);
       if (!g.direct()) g.unpack(gy, 0, p.N);
-      add_gradients(g, t, true, true, grads);
+      add_gradients(g, t, true, grads);
     }
   }
 
@@ -1499,9 +1500,7 @@ class Engine {
           for (int64_t i = 0; i < groups; ++i) {
             const B g = b.group(i);
             const A* x = slabs + i * per_group;
-            if (with_feature) {
-              own_features(g, x, n, count, mean_f, off_f, var_f);
-            }
+            if (with_feature) own_features(g, x, n, count, mean_f, off_f, var_f);
             if (!with_batch) continue;
             const bool partial = !FeaturesLast && p.per_channel && g.width < R;
             if (partial) tail = g.width;
@@ -1617,9 +1616,7 @@ class Engine {
               g.slab = p.sn;
               x = reinterpret_cast<const A*>(p.x) + g.offset(n);
             }
-            if (inline_features) {
-              own_features(g, x, n, count, mean_f, off_f, var_f);
-            }
+            if (inline_features) own_features(g, x, n, count, mean_f, off_f, var_f);
             if (!inline_features || p.feature.mean.data) load_features(g, p.feature.used_mean(), n, count, mean_f);
             if (!inline_features || p.feature.var.data) load_features(g, p.feature.used_var(), n, count, var_f);
             to_rstd(var_f, var_f, count * g.features);
@@ -1658,7 +1655,7 @@ class Engine {
         const B b = block(plan, j);
         for (int64_t i = 0; i < b.groups(); ++i) {
           load_keys(b.group(i), p.batch.center(), terms[i].center);
-          clear_sums(terms[i], g0.keys);
+          clear_sums(terms[i].sums, g0.keys);
         }
         for (int64_t n = own.samples.begin; n < own.samples.end; n += plan.chunk) {
           const int64_t count = std::min(plan.chunk, own.samples.end - n);
@@ -1684,7 +1681,7 @@ class Engine {
             sums_gd[at + k] = (p.per_channel ? sums_gd[at + k] : A(0)) + terms[i].sums.gd[k];
             sums_d[at + k] = (p.per_channel ? sums_d[at + k] : A(0)) + terms[i].sums.d[k];
           }
-          add_gradients(g, terms[i], false, true, grads[t].data());
+          add_gradients(g, terms[i], false, grads[t].data());
         }
       }
     });
@@ -1702,7 +1699,7 @@ class Engine {
         for (int64_t i = 0; i < b.groups(); ++i) {
           const B g = b.group(i);
           Terms& m = terms[i];
-          clear_sums(m, g.keys);
+          clear_sums(m.sums, g.keys);
           load_keys(g, p.batch.center(), m.center);
           load_keys(g, p.batch.used_var(), m.rstd);
           const int64_t at = p.per_channel ? 0 : key_offset(g), merged = p.per_channel ? 1 : plan.parts_n;
@@ -1734,7 +1731,7 @@ class Engine {
         }
         // The batch part is the same for every task that works on the block, and, per channel, for every block.
         for (int64_t i = 0; i < b.groups() && own.part == 0 && !p.per_channel; ++i) {
-          add_gradients(b.group(i), terms[i], true, false, grads[t].data());
+          add_gradients(b.group(i), terms[i], true, grads[t].data());  // sums.gf is 0: the first phase added its part
         }
         if (p.per_channel && t == 0 && j == 0) channel_gradients(terms[0], grads[t].data());
       }
@@ -1819,7 +1816,7 @@ Tensor move_axis(Tensor t, int64_t from, int64_t to) {
   return t;
 }
 
-// The stride of positions, if all axes but `skip` ones collapse into one; -1 if they do not.
+// The stride of positions, if all axes from `first` on but the features' collapse into one; -1 if they do not.
 int64_t position_stride(const Tensor& t, int64_t first, int64_t feature_axis) {
   int64_t stride = 1, expected = -1;
   for (int64_t d = t.dim() - 1; d >= first; --d) {

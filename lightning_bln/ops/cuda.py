@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_bln.ops import reference
-from lightning_bln.ops.reference import Population
+from lightning_bln.ops.reference import Population, needed_statistics
 
 DELTA = tl.constexpr(reference.DELTA)
 
@@ -1098,11 +1098,10 @@ def _nominal(batch_size: Tensor | None, x: Tensor) -> Tensor | None:
 def _own_statistics(x: Tensor, population: Population, axis: int, per_channel: bool) -> list[Tensor]:
     """Memory for those of the mini-batch's statistics that are needed, shape (0,) for the others."""
     make = torch.empty if x.numel() else torch.zeros
-    shapes = (x.shape[axis : axis + 1] if per_channel else x.shape[1:]), x.shape[:axis] + x.shape[axis + 1 :]
+    batch, feature = (x.shape[axis : axis + 1] if per_channel else x.shape[1:]), x.shape[:axis] + x.shape[axis + 1 :]
     return [
         make(shape if needed else (0,), dtype=reference.accumulation_dtype(x.dtype), device=x.device)
-        for shape, mean, var in zip(shapes, population[::2], population[1::2], strict=True)
-        for needed in (mean is None or var is None, var is None)
+        for shape, needed in zip((batch, batch, feature, feature), needed_statistics(population), strict=True)
     ]
 
 
@@ -1136,7 +1135,7 @@ def forward(
         return y, own[0], own[1], own[2], own[3]
 
     dense = x if _same_strides(x, y) else torch.empty_like(x).copy_(x)
-    batch, feature = batch_mean is None or batch_var is None, feature_mean is None or feature_var is None
+    batch, _, feature, _ = needed_statistics(population)
     launch = prepare(dense.shape, dense.stride(), feature_dim, x.dtype, batch, per_channel, eps, 1)
     if launch is None:
         moved = [_batch_to_first(stat, feature_dim) for stat in population[:2]]
@@ -1214,7 +1213,7 @@ def backward(
         return grad_x, grad_weight, grad_bias
 
     dense = x if _same_strides(x, grad_x) else torch.empty_like(x).copy_(x)
-    batch, feature = batch_mean is None or batch_var is None, feature_mean is None or feature_var is None
+    batch, _, feature, _ = needed_statistics(population)
     launch = prepare(dense.shape, dense.stride(), feature_dim, x.dtype, batch, per_channel, eps, 2)
     if launch is None:
         moved = [_batch_to_first(stat, feature_dim) for stat in (own_batch_mean, own_batch_var, batch_mean, batch_var)]

@@ -88,19 +88,6 @@ def _forward(
         return torch.ops.lightning_bln.batch_layer_norm(
             x, weight, bias, *population, batch_size, feature_dim, per_channel, eps
         )
-    return _reference_forward(x, weight, bias, population, batch_size, feature_dim, per_channel, eps)
-
-
-def _reference_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    population: Population,
-    batch_size: Tensor | None,
-    feature_dim: int,
-    per_channel: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y, own = reference.normalize(x, weight, bias, population, batch_size, feature_dim, per_channel, eps)
     return (
         _like(y, x),
@@ -136,13 +123,8 @@ def _forward_fake(
     def feature(needed: bool) -> Tensor:
         return x.new_empty(feature_shape if needed else [0], dtype=dtype)
 
-    return (
-        torch.empty_like(x),
-        batch(batch_mean is None or batch_var is None),
-        batch(batch_var is None),
-        feature(feature_mean is None or feature_var is None),
-        feature(feature_var is None),
-    )
+    needed = reference.needed_statistics(Population(batch_mean, batch_var, feature_mean, feature_var))
+    return torch.empty_like(x), batch(needed[0]), batch(needed[1]), feature(needed[2]), feature(needed[3])
 
 
 def _backward(
@@ -168,20 +150,6 @@ def _backward(
         return torch.ops.lightning_bln.batch_layer_norm_backward(
             grad_y, x, weight, *own, *population, batch_size, feature_dim, per_channel, eps
         )
-    return _reference_backward(grad_y, x, weight, own, population, batch_size, feature_dim, per_channel, eps)
-
-
-def _reference_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    own: Statistics,
-    population: Population,
-    batch_size: Tensor | None,
-    feature_dim: int,
-    per_channel: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
     needed = reference.needed_statistics(population)
     if any(n and stat.numel() == 0 for n, stat in zip(needed, own, strict=True)):
         a = x.to(reference.accumulation_dtype(x.dtype))

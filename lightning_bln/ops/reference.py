@@ -104,8 +104,8 @@ def _var_mean(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
 
 def needed_statistics(population: Population) -> tuple[bool, bool, bool, bool]:
     """Which of the mini-batch's own statistics `compute_statistics` computes."""
-    b, f = population[:2], population[2:]
-    return None in b, b[1] is None, None in f, f[1] is None
+    batch, feature = ((mean is None or var is None, var is None) for mean, var in (population[:2], population[2:]))
+    return *batch, *feature
 
 
 def compute_statistics(
