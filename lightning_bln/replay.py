@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ class CallRecorder:
         counts = own is None or getattr(own, "__func__", None) is type(module).forward
         # A forward that the backward pass runs again (activation checkpointing) is not another call either.
         if self._listening and counts and not any(self._inside) and not recomputing():
-            self.batches[-1].append((module, _detach(args), _detach(kwargs)))
+            self.batches[-1].append((module, map_tensors(Tensor.detach, args), map_tensors(Tensor.detach, kwargs)))
         self._inside.append(counts)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -92,11 +93,23 @@ class CallRecorder:
             self._inside.pop()
 
 
-def _detach(value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """``value`` with every tensor in it, in tuples, lists and dicts too, replaced by ``function`` of it."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its items one by one
+        return type(value)(*(map_tensors(function, item) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_detach(item) for item in value)
+        return type(value)(map_tensors(function, item) for item in value)
     if isinstance(value, dict):
-        return {key: _detach(item) for key, item in value.items()}
+        return {key: map_tensors(function, item) for key, item in value.items()}
     return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in ``value``, in tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)

@@ -1,0 +1,32 @@
+"""Choosing the four inference flags of a trained model: scores of many settings in one pass, and Optuna studies."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_bln.tuning.scoring import score_flags
+    from lightning_bln.tuning.study import TuneResult, tune_flags
+    from lightning_bln.tuning.table import CellScore, ScoreTable
+
+# Name -> module; each is imported when it is first asked for: scoring needs no optuna, and a study no plotly.
+_WHERE = {
+    "CellScore": "table",
+    "ScoreTable": "table",
+    "TuneResult": "study",
+    "score_flags": "scoring",
+    "tune_flags": "study",
+}
+
+__all__ = ["CellScore", "ScoreTable", "TuneResult", "score_flags", "tune_flags"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
