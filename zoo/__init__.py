@@ -5,7 +5,7 @@ zoo.list_models("resnet*")
 model = zoo.create_model("resnet20_bln", num_classes=10)
 """
 
-from zoo import resnet
+from zoo import paper, resnet
 from zoo._registry import create_model, list_models
 
-__all__ = ["create_model", "list_models", "resnet"]
+__all__ = ["create_model", "list_models", "paper", "resnet"]

@@ -10,20 +10,6 @@ import zoo
 from lightning_bln import BatchLayerNorm, swap_norms_
 
 
-@pytest.mark.parametrize("name", zoo.list_models())
-def test_every_listed_model_runs_trains_and_round_trips(name: str) -> None:
-    model = zoo.create_model(name, num_classes=7)
-    x = torch.randn(3, 3, 32, 32)
-    model(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    twin = zoo.create_model(name, num_classes=7)
-    twin.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        y = model.eval()(x)
-        assert y.shape == (3, 7)
-        assert torch.equal(y, twin.eval()(x))
-
-
 @pytest.mark.parametrize(("name", "millions"), [("20", 0.27), ("32", 0.46), ("44", 0.66), ("56", 0.85)])
 def test_sizes_are_those_of_the_paper(name: str, millions: float) -> None:
     model = zoo.create_model(f"resnet{name}_bn")
@@ -55,10 +41,6 @@ def test_a_norm_of_ones_own() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"no model named 'resnet20_blm'; did you mean 'resnet20_bln'"):
-        zoo.create_model("resnet20_blm")
-    with pytest.raises(ValueError, match=r"no model named 'xyz'; zoo.list_models\(\)"):
-        zoo.create_model("xyz")
     with pytest.raises(ValueError, match="norm must be one of 'bln'"):
         zoo.resnet.resnet20(norm="batch")
     with pytest.raises(ValueError, match="depth must be 6n"):
