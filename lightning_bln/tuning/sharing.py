@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from lightning_bln.flags import StatFlags
 from lightning_bln.layer import RUNNING, BatchLayerNorm
@@ -241,24 +241,22 @@ class SharedForward:
         codes = self._own[name]
         own = codes[self._group[0]]
         alike = all(codes[cell] == own for cell in self._group)
+        stays = alike and bool(self._next) and all(codes[cell] == own for cell in self._next)
+        if self._memo.recording and not stays:
+            self._memo.keep_no_more()
         known = self._memo.layer_output(layer, own) if alike else None
         if known is not None:
-            y = known
-        else:
-            with self._memo.paused():
-                if len(self._group) == 1:
-                    y = type(layer).forward(layer, x)
-                else:
-                    flags = [self.flags[cell][name] for cell in self._group]
-                    y = _EachSetting.apply(x, self._index, layer, flags)
-        if alike and self._next and all(codes[cell] == own for cell in self._next):
-            if known is None:
-                self._memo.keep_layer_output(layer, own, y)
-        elif self._memo.recording:
-            self._memo.keep_no_more()
-            if known is None:
-                self._memo.part()
-                self._bytes_per_setting = max(x.numel() * x.element_size(), self._bytes_per_setting or 0)
+            return known
+        if self._memo.recording and not stays:
+            self._memo.part()
+            self._bytes_per_setting = max(x.numel() * x.element_size(), self._bytes_per_setting or 0)
+        with self._memo.paused():
+            if len(self._group) == 1:
+                y = type(layer).forward(layer, x)
+            else:
+                flags = [self.flags[cell][name] for cell in self._group]
+                y = _EachSetting.apply(x, self._index, layer, flags)
+        self._memo.keep_layer_output(layer, own, y)
         return y
 
 
@@ -354,6 +352,7 @@ class _Memo(TorchFunctionMode):
         self._versions: list[tuple[Tensor, int]] = []
         self._at = 0
         self._keeps = True
+        self._entered = contextlib.ExitStack()
         self._pauses = 0
 
     def clear(self) -> None:
@@ -374,12 +373,12 @@ class _Memo(TorchFunctionMode):
         self._at = 0
         self._keeps = True
         self.recording = self.enabled
-        try:
-            with self:
-                yield
-        finally:
-            if self.recording:
-                self.part()
+        with contextlib.ExitStack() as self._entered:
+            if self.enabled:
+                self._entered.enter_context(self)
+            yield
+        if self.recording:
+            self.part()
 
     def keep_no_more(self) -> None:
         """The next run differs from here on; this one may still be answered."""
@@ -390,6 +389,8 @@ class _Memo(TorchFunctionMode):
         del self._entries[self._at :]
         self.recording = False
         self._note_versions()
+        if _get_current_function_mode() is self:  # not inside another mode, nor in the middle of a function
+            self._entered.close()  # every call of a function costs some microseconds in here
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
