@@ -48,6 +48,7 @@ class BLNSwap(pl.Callback):
         sync: Batch statistics over all processes. "auto" (default): if the Trainer has ``sync_batchnorm=True``, and
             where the old layer was a SyncBatchNorm.
         affine: "preserve" (default) or "paper".
+        eps: Of all new layers. Default None: as ``affine`` says, the old layer's or 1e-3.
         norms: Default ("batch", "layer").
         include: Default None.
         exclude: Default None.
@@ -77,6 +78,7 @@ class BLNSwap(pl.Callback):
         batch_size: int | None = None,
         sync: bool | str = "auto",
         affine: str = "preserve",
+        eps: float | None = None,
         norms: Sequence[str] = ("batch", "layer"),
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
@@ -95,6 +97,7 @@ class BLNSwap(pl.Callback):
             "momentum": momentum,
             "batch_size": batch_size,
             "affine": affine,
+            "eps": eps,
             "norms": tuple(norms) if not isinstance(norms, str) else norms,
             "include": include if include is None or isinstance(include, str) else list(include),
             "exclude": exclude if exclude is None or isinstance(exclude, str) else list(exclude),
@@ -201,7 +204,9 @@ class BLNSwap(pl.Callback):
             del pl_module.configure_model
 
     def _warn_about_other_settings(self, pl_module: pl.LightningModule) -> None:
-        names = ("population", "momentum", "batch_size")
+        names = ["population", "momentum", "batch_size"]
+        if self.swap_arguments["eps"] is not None:
+            names.append("eps")
         for name, layer in bln_layers(pl_module).items():
             other = {n: getattr(layer, n) for n in names if getattr(layer, n) != self.swap_arguments[n]}
             if other:

@@ -53,6 +53,7 @@ def swap_norms_(
     batch_size: int | None = None,
     sync: bool | str = "auto",
     affine: str = "preserve",
+    eps: float | None = None,
     norms: Sequence[str] = ("batch", "layer"),
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
@@ -87,6 +88,8 @@ def swap_norms_(
         affine: "preserve" (default): the weight is multiplied by sqrt(C), which cancels the layer's 1/sqrt(C), and the
             old eps and, of BatchNorm, running statistics are kept, so that the layer starts close to the one it
             replaces. "paper": weight 1, bias 0, eps 1e-3.
+        eps: Of all new layers, added to each variance inside the root. None (default): as ``affine`` says, the old
+            layer's or 1e-3.
         norms: Families to swap, of "batch", "layer", "group", "instance", "rms". Default batch and layer.
         include: Swap only layers whose name in the model, or that of a module around them, matches one of these shell
             patterns ("layer4", "*.norm1").
@@ -124,6 +127,8 @@ def swap_norms_(
         "momentum": momentum,
         "batch_size": batch_size,
     }
+    if eps is not None:
+        layer["eps"] = float(eps)
     BatchLayerNorm(1, **layer)  # raises for settings that do not fit before anything is looked at
     settings = _Settings(affine, sync, layer)
 
@@ -303,7 +308,7 @@ def _plan(
             arguments["sync"] = settings.sync is True or (
                 settings.sync == "auto" and isinstance(module, nn.SyncBatchNorm)
             )
-            if settings.affine == "preserve":
+            if settings.affine == "preserve" and "eps" not in arguments:
                 arguments["eps"] = norm_eps(module)
             try:
                 new = _new_layer(module, kind, arguments, _device(module, model))

@@ -129,6 +129,9 @@ class TestSwap:
         assert list(bln_layers(model)) == ["net.1"]
         assert model.net[1].statistics == "per_channel"
         assert model.net[1].flags == StatFlags.parse("FFFF")
+        assert model.net[1].eps == 1e-5, "the old layer's"
+        fit(model := LitNet(), BLNSwap(eps=0.02), max_epochs=1)
+        assert [layer.eps for layer in bln_layers(model).values()] == [0.02, 0.02]
         with pytest.raises(ValueError, match=r"include pattern.*'nett"):
             fit(LitNet(), BLNSwap(include="nett.*"))
 
@@ -140,6 +143,7 @@ class TestSwap:
             ({"affine": "keep"}, "affine must be"),
             ({"norms": "batch"}, "norms must be a sequence"),
             ({"sync": "always"}, "sync must be"),
+            ({"eps": 0}, "eps must be above 0"),
             ({"precise_batches": 0}, "precise_batches must be at least 1"),
         ],
     )
@@ -407,6 +411,13 @@ class TestPrecise:
         mean = sum(x.mean(0) * len(x) for x in inputs) / SAMPLES
         torch.testing.assert_close(model.net[1].running_batch_mean, mean)
 
+    def test_the_eps_of_a_checkpoint_counts_and_is_told(self, tmp_path: Path) -> None:
+        fit(LitNet(), BLNSwap(eps=0.02), max_epochs=1).save_checkpoint(tmp_path / "eps.ckpt")
+        model = LitNet()
+        with pytest.warns(UserWarning, match=r"'net\.1' has eps=0\.02, this BLNSwap has eps=0\.5"):
+            trainer(BLNSwap(eps=0.5)).validate(model, loader(), ckpt_path=tmp_path / "eps.ckpt")
+        assert model.net[1].eps == 0.02
+
     def test_a_step_of_several_calls_is_warned_about(self) -> None:
         class Parts(LitNet):
             def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
@@ -598,13 +609,14 @@ def test_lightning_cli_configures_the_callback_and_its_early_optimizer_trains_th
         "--trainer.accelerator=cpu",
     ]
     arguments += ["--trainer.callbacks=lightning_bln.BLNSwap", "--trainer.callbacks.flags=TFTF"]
-    arguments += ["--trainer.callbacks.statistics=per_channel", "--trainer.logger=false"]
+    arguments += ["--trainer.callbacks.statistics=per_channel"]
+    arguments += ["--trainer.callbacks.eps=1e-2", "--trainer.logger=false"]
     arguments += ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     monkeypatch.setattr(sys, "argv", arguments)
     cli = LightningCLI(CLINet, Data, save_config_callback=None, seed_everything_default=False)
     layer = cli.model.net[1]
     assert isinstance(layer, BatchLayerNorm)
-    assert (layer.flags.code, layer.statistics) == ("TFTF", "per_channel")
+    assert (layer.flags.code, layer.statistics, layer.eps) == ("TFTF", "per_channel", 0.01)
     assert not torch.equal(layer.weight, torch.full_like(layer.weight, 2.0)), "sqrt(4) is the start value"
     optimized = {id(p) for group in cli.trainer.optimizers[0].param_groups for p in group["params"]}
     assert {id(p) for p in cli.model.parameters()} == optimized

@@ -361,6 +361,26 @@ def test_settings_reach_every_new_layer(statistics):
         assert {name: layer.config()[name] for name in settings} == settings
 
 
+@pytest.mark.parametrize("affine", ["preserve", "paper"])
+@pytest.mark.parametrize(("eps", "old_eps", "expected"), [(None, 3e-2, None), (0.25, 3e-2, 0.25), (1, 3e-2, 1.0)])
+def test_eps_is_the_old_layers_or_the_papers_unless_given(affine, eps, old_eps, expected):
+    model = nn.Sequential(nn.BatchNorm2d(6, eps=old_eps), nn.Flatten(), nn.LayerNorm(24, eps=old_eps))
+    swap_norms_(model, affine=affine, eps=eps)
+    wanted = expected or {"preserve": old_eps, "paper": 1e-3}[affine]
+    assert [layer.eps for layer in bln_layers(model).values()] == [wanted, wanted]
+    x = example(5, 6, 2, 2)
+    scale = 1 if affine == "preserve" else 6**-0.5
+    close(model[0](x), scale * formula(x, (1,), wanted))
+
+
+def test_a_chosen_eps_travels_with_the_state_dict():
+    first, second = small_cnn(), small_cnn()
+    swap_norms_(first, eps=1)
+    restore_swaps_(second, first.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert {layer.eps for layer in bln_layers(second).values()} == {1.0}
+
+
 # ------------------------------------------------------------------- what is kept
 
 
@@ -922,6 +942,8 @@ def test_layers_inside_a_metric_are_left_alone():
         ({"feature_population": "x"}, ValueError, r"feature_population must be one of 'pooled', 'slot', got 'x'"),
         ({"momentum": 0.0}, ValueError, r"momentum is the weight of the new value, .* got 0.0"),
         ({"batch_size": 0}, ValueError, r"batch_size must be at least 1 or None .* got 0"),
+        ({"eps": 0.0}, ValueError, r"eps must be above 0, got 0.0; the paper's value is 1e-3"),
+        ({"eps": -1e-3}, ValueError, r"eps must be above 0, got -0.001"),
         ({"include": "layer4.*"}, ValueError, r"Every include pattern .* got 'layer4.\*', which matches none of '1', "),
         ({"include": ["1", "nope"]}, ValueError, r"Every include pattern must match a normalization layer, got 'nope'"),
         ({"exclude": "nope"}, ValueError, r"Every exclude pattern must match .*; patterns are as in a shell"),
