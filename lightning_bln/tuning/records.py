@@ -40,8 +40,8 @@ class CellRecord:
         return sum(n for n, _ in self.batches)
 
     def add(self, samples: int, total: float, each: Tensor | None = None) -> None:
-        """One batch: its number of samples, and their summed loss or the loss of each of them, float64."""
-        self.batches.append((samples, total if each is None else each.sum().item()))
+        """One batch: its number of samples, their summed loss, and the loss of each of them, if that is known."""
+        self.batches.append((samples, total))
         if each is None or len(self.batches) >= MIN_BATCHES:
             self._each = None
         elif self._each is not None:

@@ -16,13 +16,16 @@ from lightning_bln.replay import map_tensors, tensors_in
 from lightning_bln.surgery import bln_layers
 from lightning_bln.tuning.losses import Loss, SampleLosses
 from lightning_bln.tuning.records import CellRecord, MetricBank
-from lightning_bln.tuning.sharing import CannotStackError, SharedForward
+from lightning_bln.tuning.sharing import SharedForward
 from lightning_bln.tuning.space import Setting, parse_setting, setting_code
 from lightning_bln.tuning.table import CellScore, ScoreTable, check_choices
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torchmetrics import Metric, MetricCollection
+
+TOGETHER_BYTES = 1 << 20
+"""Outputs of all settings up to this size get their losses in one call."""
 
 OnBatch = Callable[[int, dict[int, tuple[int, float]]], "Collection[int] | None"]
 """Called after each batch with its number and, for each setting by index, (samples, summed loss); returns the indices
@@ -196,7 +199,7 @@ class _PlainRun:
         self.metrics = None if metrics is None else MetricBank(metrics, len(settings), self.device)
         self.keep_errors = keep_errors
         self.on_batch = on_batch
-        self.shared = SharedForward(model, settings)
+        self.shared = SharedForward(model, settings, threads=True)
 
     def score(self, dataloader: Iterable[Any], limit_batches: int | None, progress: bool) -> list[CellScore]:
         """All settings' scores, in their order."""
@@ -233,36 +236,44 @@ class _PlainRun:
         self, inputs: tuple[Any, ...], cells: list[int], errors: dict[int, Exception] | None
     ) -> Iterator[tuple[list[int], Any]]:
         """(settings, their outputs with a first axis for them) or ([setting], its output in a list)."""
-        try:
-            yield from self.shared.run_stacked(lambda own: self.model(*own), inputs, cells)
-        except CannotStackError:
-            for cell, output in self.shared.run(lambda _, own: self.model(*own), inputs, cells, errors=errors):
+        together: list[tuple[int, Tensor]] = []
+        for cell, output in self.shared.run(lambda model, _, own: model(*own), inputs, cells, errors=errors):
+            if isinstance(output, Tensor) and output.nbytes * len(cells) <= TOGETHER_BYTES:
+                together.append((cell, output))
+            else:
                 yield [cell], [output]
+        if together:
+            yield [cell for cell, _ in together], torch.stack([output for _, output in together])
 
     def _record(
         self, group: list[int], outputs: Any, target: Any, samples: int, errors: dict[int, Exception] | None
     ) -> None:
-        each: Sequence[Tensor] | None = None
-        if len(group) > 1:
-            if isinstance(outputs, Tensor) and isinstance(target, Tensor) and outputs.ndim > 1:
-                # One call of the loss for all of them.
-                repeated = target.repeat(len(group), *([1] * (target.ndim - 1)))
-                together = self.losses.of_samples(outputs.flatten(0, 1), repeated, len(group) * samples)
-                each = None if together is None else together.view(len(group), samples).double().cpu().unbind()
-            outputs = [map_tensors(itemgetter(i), outputs) for i in range(len(group))]
-        for i, (cell, output) in enumerate(zip(group, outputs, strict=True)):
+        each = self._losses_together(outputs, target, len(group), samples) if len(group) > 1 else None
+        totals = None if each is None else each.sum(1).tolist()
+        for i, cell in enumerate(group):
+            output = map_tensors(itemgetter(i), outputs) if isinstance(outputs, Tensor) else outputs[i]
             try:
-                own = each[i] if each is not None else self.losses.of_samples(output, target, samples)
+                own = self.losses.of_samples(output, target, samples) if each is None else each[i]
                 if own is None:
-                    self.records[cell].add(samples, self.losses.of_batch(output, target).item() * samples)
+                    total = self.losses.of_batch(output, target).item() * samples
                 else:
-                    self.records[cell].add(samples, 0.0, own.double().cpu())
+                    own = own.double().cpu()
+                    total = own.sum().item() if totals is None else totals[i]
+                self.records[cell].add(samples, total, own)
                 if self.metrics is not None:
                     self.metrics.update(cell, output, target)
             except Exception as error:
                 if errors is None:
                     raise
                 errors[cell] = error
+
+    def _losses_together(self, outputs: Any, target: Any, count: int, samples: int) -> Tensor | None:
+        """The losses (settings, samples), float64, by one call of the loss; None if it has none for samples."""
+        if not (isinstance(outputs, Tensor) and isinstance(target, Tensor) and outputs.ndim > 1):
+            return None
+        repeated = target.repeat(count, *([1] * (target.ndim - 1)))
+        together = self.losses.of_samples(outputs.flatten(0, 1), repeated, count * samples)
+        return None if together is None else together.view(count, samples).double().cpu()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from lightning_bln import BatchLayerNorm, StatFlags, set_flags_
 from lightning_bln.surgery import bln_layers
 from lightning_bln.tuning import ScoreTable, score_flags
-from lightning_bln.tuning.sharing import InputChangedError, SharedForward
+from lightning_bln.tuning.sharing import InputChangedError
 from lightning_bln.tuning.space import parse_setting
 from tests.tuning.networks import PreNorm, cnn, images, with_statistics
 
@@ -64,7 +66,24 @@ def test_all_settings_equal_separate_passes(batch_size: int, statistics: str) ->
     assert len({round(score.loss, 9) for score in table}) > 8  # the settings do differ
 
 
-@pytest.mark.parametrize("stack", [0, 1 << 30])
+@pytest.fixture
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     "build",
     [
@@ -76,27 +95,75 @@ def test_all_settings_equal_separate_passes(batch_size: int, statistics: str) ->
     ],
     ids=["cnn", "pre-norm", "in place", "channels_last", "no affine"],
 )
-def test_one_by_one_and_stacked(build, stack: int, monkeypatch) -> None:
-    monkeypatch.setattr("lightning_bln.tuning.sharing.STACK_BYTES", {"cpu": stack, "cuda": stack})
-    model, loader = build(), images()
-    assert_same(score_flags(model, loader, F.cross_entropy, ACCURACY), separately(model, loader))
+def test_one_thread_and_several(build, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model, loader = build(), images()
+        assert_same(score_flags(model, loader, F.cross_entropy, ACCURACY), separately(model, loader))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
-def test_stacking_is_really_used(monkeypatch) -> None:
-    stacked = []
-    run = SharedForward.run_stacked
+class Where(nn.Module):
+    """Notes in which thread and in which replica of the model it is called."""
 
-    def counted(self, call, batch, cells):
-        for group, result in run(self, call, batch, cells):
-            stacked.append(len(group))
-            yield group, result
+    def __init__(self, noted: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.noted = noted
 
-    monkeypatch.setattr(SharedForward, "run_stacked", counted)
-    score_flags(cnn(), images(), F.cross_entropy)
-    assert sum(stacked) == 16 * 6  # the first of seven batches finds out how large it is
+    def __deepcopy__(self, memo: dict[int, Any]) -> Where:
+        return Where(self.noted)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.noted.append((threading.get_ident(), id(self)))
+        return x
 
 
-def test_what_vmap_cannot_run_is_run_one_by_one() -> None:
+@pytest.mark.usefixtures("_two_threads")
+def test_several_threads_are_really_used() -> None:
+    noted: list[tuple[int, int]] = []
+    model = cnn().append(Where(noted))
+    score_flags(model, images(), F.cross_entropy)
+    replicas = Counter(replica for _, replica in noted)
+    assert replicas.pop(id(model[-1])) == 16 + 6  # all settings of the first batch, and one of each batch after it
+    assert sorted(replicas.values()) == [7 * 6, 8 * 6]
+    assert {thread for thread, replica in noted if replica == id(model[-1])} == {threading.get_ident()}
+    assert threading.get_ident() not in {thread for thread, replica in noted if replica in replicas}
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("why", ["a hook", "cannot be copied", "writes into a buffer"])
+def test_models_that_one_thread_must_run(why: str) -> None:
+    class Stubborn(Where):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Where:
+            raise TypeError("cannot pickle '_thread.lock' object")
+
+    class Cache(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(8, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache[: len(x)] = x
+            return self.cache[: len(x)] + 0
+
+    noted: list[tuple[int, int]] = []
+    model = cnn().append(Where(noted))
+    if why == "a hook":
+        model[0].register_forward_hook(lambda *_: None)
+    elif why == "cannot be copied":
+        model.append(Stubborn([]))
+    else:
+        model.append(Cache())
+    loader = images()
+    table = score_flags(model, loader, F.cross_entropy, ACCURACY)
+    assert len(set(noted)) == 1
+    assert_same(table, separately(model, loader))
+
+
+def test_python_code_that_depends_on_values() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -122,9 +189,8 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(model: nn.Module, cells: list, monkeypatch, batches: int = 3) -> Counter[str]:
-    """What a pass computes for each batch after the first, setting by setting."""
-    monkeypatch.setattr("lightning_bln.tuning.sharing.STACK_BYTES", {"cpu": 0, "cuda": 0})
+def operations(model: nn.Module, cells: list, batches: int = 3) -> Counter[str]:
+    """What a pass computes for each batch after the first."""
     counts = []
     for count in (1, batches + 1):
         with Operations() as operations:
@@ -133,15 +199,17 @@ def operations(model: nn.Module, cells: list, monkeypatch, batches: int = 3) -> 
     return Counter({name: count / batches for name, count in (counts[1] - counts[0]).items()})
 
 
-def test_what_comes_before_the_first_layer_is_computed_once(monkeypatch) -> None:
-    counts = operations(cnn(), list(StatFlags.all()), monkeypatch)
+@pytest.mark.usefixtures("_one_thread")
+def test_what_comes_before_the_first_layer_is_computed_once() -> None:
+    counts = operations(cnn(), list(StatFlags.all()))
     assert counts["aten.convolution"] == 1 + 16
     assert counts["aten.tanh"] == 1
     assert counts["aten.addmm"] == 2 * 16
     assert counts["lightning_bln.batch_layer_norm"] == 3 * 16
 
 
-def test_settings_that_agree_so_far_share_work(monkeypatch) -> None:
+@pytest.mark.usefixtures("_one_thread")
+def test_settings_that_agree_so_far_share_work() -> None:
     model = cnn()
     first, second, third = bln_layers(model)
 
@@ -149,14 +217,14 @@ def test_settings_that_agree_so_far_share_work(monkeypatch) -> None:
         return dict(zip((first, second, third), codes, strict=True))
 
     cells = [setting("TTFF", "TTFF", last) for last in ("TTFF", "FFFF", "TTTT")]
-    counts = operations(model, cells, monkeypatch)
+    counts = operations(model, cells)
     assert counts["aten.convolution"] == 2
     assert counts["lightning_bln.batch_layer_norm"] == 1 + 1 + 3
     assert counts["aten.addmm"] == 1 + 3
 
     # A tree: in whatever order they are given, two share the second layer and all three the first.
     cells = [setting("TTFF", "FFFF", "TTFF"), setting("TTFF", "TTFF", "FFFF"), setting("TTFF", "FFFF", "FFFF")]
-    counts = operations(model, cells, monkeypatch)
+    counts = operations(model, cells)
     assert counts["aten.convolution"] == 2
     assert counts["lightning_bln.batch_layer_norm"] == 1 + 2 + 3
 
@@ -164,17 +232,21 @@ def test_settings_that_agree_so_far_share_work(monkeypatch) -> None:
     assert_same(score_flags(model, images(), F.cross_entropy, cells=cells), expected)
 
 
-def test_flags_that_make_no_difference_cost_nothing(monkeypatch) -> None:
+@pytest.mark.usefixtures("_one_thread")
+def test_flags_that_make_no_difference_cost_nothing() -> None:
     fresh = cnn()
     for layer in bln_layers(fresh).values():
         layer.reset_statistics()  # without a population every flag means the mini-batch
-    counts = operations(fresh, list(StatFlags.all()), monkeypatch)
+    counts = operations(fresh, list(StatFlags.all()))
     assert counts["aten.convolution"] == 2
     assert counts["lightning_bln.batch_layer_norm"] == 3
     assert len({score.loss for score in score_flags(fresh, images(), F.cross_entropy)}) == 1
 
 
-def test_in_place_writes_are_noticed(monkeypatch) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_in_place_writes_are_noticed(threads: int, request) -> None:
+    request.getfixturevalue("_one_thread" if threads == 1 else "_two_threads")
+
     class Writes(nn.Module):
         """Writes into its input and into what comes before the first layer, after that layer."""
 
@@ -193,8 +265,7 @@ def test_in_place_writes_are_noticed(monkeypatch) -> None:
 
     model, loader = Writes(0).eval(), images()
     assert_same(score_flags(model, [[x.clone(), t] for x, t in loader], F.cross_entropy), separately(model, loader))
-    for start, stack in ((18, 1 << 30), (40, 0)):
-        monkeypatch.setattr("lightning_bln.tuning.sharing.STACK_BYTES", {"cpu": stack, "cuda": stack})
+    for start in (18, 40):
         with pytest.raises(InputChangedError, match="must leave its input as it is, got one that wrote into it"):
             score_flags(Writes(start).eval(), [[x.clone(), t] for x, t in loader], F.cross_entropy)
 
