@@ -21,6 +21,7 @@ SHOWN = {
     ],
     "plain_loop.py": ["TTFF", "FFFF"],
     "resume_and_test.py": ["Resumed from last.ckpt", "The best checkpoint", "load_swapped_checkpoint(...)"],
+    "tune_training.py": ["2 trials", "COMPLETE", "scored under all 16 flags", "On test images"],
 }
 
 

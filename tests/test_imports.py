@@ -51,10 +51,11 @@ LEVELS = (
     {"callback"},
     {"tuning"},
     {"cli"},
+    {"__main__"},
 )
 # Where a package may be imported at all, as paths in the package; a name without suffix is a folder.
 ALLOWED = {
-    "lightning": ("callback.py", "tuning", "cli.py"),
+    "lightning": ("callback.py", "tuning", "cli"),
     "pytorch_lightning": (),
     "optuna": ("tuning",),
     "triton": ("ops/cuda.py",),
@@ -108,17 +109,52 @@ def python(code: str) -> str:
 
 
 def test_importing_the_package_is_light():
+    # Not even PyTorch: the command line answers at once.
+    code = f"import json, sys, lightning_bln; print(json.dumps([n for n in {('torch', *HEAVY)!r} if n in sys.modules]))"
+    assert json.loads(python(code)) == []
+
+
+def test_the_public_names_for_pytorch_need_pytorch_only():
+    names = sorted(PUBLIC - {"BLNSwap"})
     code = f"""
 import json, sys
 import torch
 before = set(sys.modules)
-import lightning_bln
+from lightning_bln import {", ".join(names)}
 print(json.dumps({{
     "heavy": [name for name in {HEAVY!r} if name in sys.modules and name not in before],
     "cuda": torch.cuda.is_initialized(),
 }}))
 """
     assert json.loads(python(code)) == {"heavy": [], "cuda": False}
+
+
+def test_names_and_modules_are_there_when_asked_for():
+    code = """
+import pickle, sys, types
+import lightning_bln
+assert lightning_bln.layer.BatchLayerNorm is lightning_bln.BatchLayerNorm
+assert isinstance(lightning_bln.tuning, types.ModuleType)
+assert callable(lightning_bln.batch_layer_norm)
+assert "BatchLayerNorm" in vars(lightning_bln)
+assert "lightning" not in sys.modules
+layer = pickle.loads(pickle.dumps(lightning_bln.BatchLayerNorm(3)))
+assert type(layer) is lightning_bln.BatchLayerNorm
+"""
+    python(code)
+
+
+def test_a_module_that_lacks_what_it_needs_says_so():
+    code = """
+import sys
+sys.modules["lightning"] = None
+import lightning_bln
+try:
+    lightning_bln.callback
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert python(code).strip() == "lightning.pytorch"
 
 
 def test_flags_need_the_standard_library_only():
@@ -160,7 +196,7 @@ def test_a_package_is_imported_only_where_it_belongs(package: str):
 def test_the_zoo_is_not_imported():
     for path, tree in SOURCES.items():
         # The command line may offer zoo models when asked for one.
-        names = imported_on_import(tree) if path == "cli.py" else imported(tree)
+        names = imported_on_import(tree) if part(path) == "cli" else imported(tree)
         assert "zoo" not in {name.split(".")[0] for name in names}, path
 
 

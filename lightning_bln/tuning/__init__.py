@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from lightning_bln.tuning.scoring import score_flags
     from lightning_bln.tuning.study import TuneResult, tune_flags
     from lightning_bln.tuning.table import CellScore, ScoreTable
+    from lightning_bln.tuning.training import tune_training
+    from lightning_bln.tuning.training_space import suggest_swap
 
 # Name -> module; each is imported when it is first asked for: scoring needs no optuna, and a study no plotly.
 _WHERE = {
@@ -16,10 +18,12 @@ _WHERE = {
     "ScoreTable": "table",
     "TuneResult": "study",
     "score_flags": "scoring",
+    "suggest_swap": "training_space",
     "tune_flags": "study",
+    "tune_training": "training",
 }
 
-__all__ = ["CellScore", "ScoreTable", "TuneResult", "score_flags", "tune_flags"]
+__all__ = ["CellScore", "ScoreTable", "TuneResult", "score_flags", "suggest_swap", "tune_flags", "tune_training"]
 
 
 def __getattr__(name: str) -> Any:

@@ -62,4 +62,7 @@ def _unreduced(loss: Loss) -> Loss | None:
         parameters = inspect.signature(loss).parameters
     except ValueError:  # a builtin without a signature
         return loss
-    return partial(loss, reduction="none") if "reduction" in parameters else loss
+    if "reduction" not in parameters:
+        return loss
+    each: Any = loss  # that it takes a reduction is not in its type
+    return partial(each, reduction="none")

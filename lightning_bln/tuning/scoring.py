@@ -87,6 +87,7 @@ def score_flags(
 
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_bln import BatchLayerNorm, update_statistics
         >>> model = nn.Sequential(nn.Linear(3, 4), BatchLayerNorm(4), nn.Linear(4, 2))
         >>> data = DataLoader(TensorDataset(torch.randn(64, 3), torch.randint(2, (64,))), batch_size=16)
         >>> _ = update_statistics(model, data)

@@ -240,33 +240,45 @@ class ScoreTable(Sequence[CellScore]):
             ) from error
 
     def __rich__(self) -> Any:
+        from rich import box
         from rich.markup import escape
         from rich.table import Table
 
-        percent = f"{self.confidence:.0%}".rstrip("%")
-        table = Table(title=self.summary(), title_justify="left")
-        table.add_column("setting", overflow="fold")
-        for name in ("loss", *self.metric_names, "loss - best's", f"{percent} % interval", "samples", ""):
-            table.add_column(name, justify="left" if name == "" else "right")
+        # A terminal has 80 columns: what is the same in two columns, or in all rows, is told once.
+        complete = [score for score in self.scores if score.complete]
+        metrics = [name for name in self.metric_names if any(s.metrics.get(name) != s.loss for s in complete)]
+        loss = next((name for name in self.metric_names if name not in metrics), "loss")
+        samples = {score.samples for score in complete}
+        title = self.summary() + (f"; {samples.pop()} samples" if len(samples) == 1 else "")
+        table = Table(title=escape(title), title_justify="left", title_style="", box=box.SIMPLE_HEAD)
+        table.add_column("setting")
+        for name in (loss, *metrics, "minus best", f"{self.confidence * 100:g} % interval"):
+            table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
         for score in self.scores:
             difference, low, high = self.compared(score)
             interval = "" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
             if score is self.scores[0] and score.complete:
                 difference, interval, note = math.nan, "", "best"
             elif not score.complete:
-                note = score.error or "pruned"
+                note = "failed" if score.error else "pruned"
             else:
-                note = "tied with the best" if self.tied(score) else ""
+                note = "tied" if self.tied(score) else ""
             table.add_row(
-                escape(score.code),
+                _letters(score.setting),
                 _shown(score.loss),
-                *(_shown(score.metrics.get(name, math.nan)) for name in self.metric_names),
+                *(_shown(score.metrics.get(name, math.nan)) for name in metrics),
                 "" if math.isnan(difference) else f"{difference:+.4f}",
                 interval,
-                f"{score.samples}",
-                escape(note),
+                note,
                 style="bold" if note == "best" else None,
             )
+        notes = [f"{score.code} failed: {score.error}" for score in self.scores if score.error]
+        layers = next((list(s.setting) for s in self.scores if not isinstance(s.setting, StatFlags)), [])
+        if layers:
+            notes.insert(0, f"Layers, in the order of the letters: {', '.join(layers)}")
+        if notes:
+            table.caption, table.caption_justify, table.caption_style = escape("\n".join(notes)), "left", ""
         return table
 
     def summary(self) -> str:
@@ -318,6 +330,14 @@ def _finite(value: float) -> float | None:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _letters(setting: Setting) -> str:
+    """The letters alone; the layers' names stand below the table."""
+    if isinstance(setting, StatFlags):
+        return setting.code
+    codes = [flags.code for flags in setting.values()]
+    return f"all {codes[0]}" if len(set(codes)) == 1 else " ".join(codes)
 
 
 def _shown(value: float) -> str:
