@@ -310,7 +310,7 @@ def test_workers_count_their_proposals_together():
 
     def work(number: int) -> None:
         sampler = seeded(number)
-        results.append(tune(storage, models[number], sampler=sampler, n_trials=21, proposals=4, workers=3))
+        results.append(tune(storage, models[number], sampler=sampler, n_trials=12, proposals=4, workers=3))
 
     threads = [threading.Thread(target=work, args=[number]) for number in range(3)]
     for thread in threads:
@@ -320,7 +320,7 @@ def test_workers_count_their_proposals_together():
     assert len(results) == 3
     study = results[0].study
     assert Counter(code_of(trial) for trial in study.trials[:16]) == dict.fromkeys(UNIFORM, 1)
-    assert len(study.trials) == 16 + 21
+    assert len(study.trials) == 16 + 12
     assert Counter(trial.state for trial in study.trials).keys() <= {TrialState.COMPLETE, TrialState.PRUNED}
     assert load_scores(study).best.loss <= min(trial.value for trial in study.trials[:16] if trial.value is not None)
 
