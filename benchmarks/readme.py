@@ -90,7 +90,36 @@ def _device(where: dict[str, Any]) -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"preserve": preserve_table, "layers": speed_tables}
+def flags_table(results: Path) -> str:
+    """The block ``flags``: one row for each batch size."""
+    rows = read_csv(results / "flags.csv")
+    where = rows[0]
+    lines = [
+        "| batch size | a plain evaluation | all 16 settings | 16 evaluations | over a plain one | 16 over a plain one |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
+        plain, own, separate = (row for row in rows if row["batch_size"] == batch_size)
+        seconds = " | ".join(f"{row['seconds']:.2f} s" for row in (plain, own, separate))
+        ratios = " | ".join(
+            f"{row['vs_plain']:.1f} ({row['vs_plain_q1']:.1f} to {row['vs_plain_q3']:.1f})" for row in (own, separate)
+        )
+        lines.append(f"| {batch_size} | {seconds} | {ratios} |")
+    difference = max(row["largest_loss_difference"] for row in rows)
+    lines += [
+        "",
+        f"The paper's CNN, {where['samples']} images ({where['data']}), loss and accuracy; medians (quartiles) over "
+        f"{where['rounds']} rounds in turn; losses differ by at most {difference:.0e}. {_device(where)}, torch "
+        f"{where['torch']}. Reproduce it with `python -m benchmarks.flags --data FOLDER`.",
+    ]
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "preserve": preserve_table,
+    "flags": flags_table,
+    "layers": speed_tables,
+}
 
 
 def refreshed(readme: str) -> str:

@@ -11,10 +11,11 @@ import argparse
 import sys
 from itertools import takewhile
 
-from benchmarks import first_use, layers, models, preserve, readme
+from benchmarks import first_use, flags, layers, models, preserve, readme
 
 BENCHMARKS = {
     "preserve": preserve.main,
+    "flags": flags.main,
     "first_use": first_use.main,
     "layers": layers.main,
     "models": models.main,

@@ -26,6 +26,19 @@ PUBLIC = {
     "update_statistics",
     "load_swapped_checkpoint",
 }
+TUNING = {
+    "CellScore",
+    "ScoreTable",
+    "TuneResult",
+    "apply_flags",
+    "load_scores",
+    "open_storage",
+    "score_flags",
+    "suggest_swap",
+    "tune_flags",
+    "tune_training",
+    "write_report",
+}
 HEAVY = (
     "lightning",
     "pytorch_lightning",
@@ -167,6 +180,26 @@ def test_the_public_names():
     assert dir(lightning_bln) == sorted(PUBLIC)
     for name in PUBLIC:
         assert getattr(lightning_bln, name).__module__.startswith("lightning_bln")
+
+
+def test_the_names_of_tuning():
+    from lightning_bln import tuning
+
+    assert set(tuning.__all__) == TUNING
+    assert dir(tuning) == sorted(TUNING)
+    for name in TUNING:
+        assert getattr(tuning, name).__module__.startswith("lightning_bln.tuning")
+    with pytest.raises(AttributeError, match=r"module 'lightning_bln.tuning' has no attribute 'tune'"):
+        tuning.tune  # noqa: B018
+
+
+def test_scoring_a_plain_module_imports_neither_lightning_nor_optuna():
+    code = """
+import sys
+from lightning_bln.tuning import score_flags
+print([name for name in ("lightning", "optuna", "plotly", "torchmetrics") if name in sys.modules])
+"""
+    assert python(code).strip() == "[]"
 
 
 def test_another_name_is_an_attribute_error():

@@ -173,7 +173,7 @@ class _Run(pl.LightningModule):
                 self.records[cell].pruned = True
         self._batches += 1
 
-    def _step(self, _: nn.Module, cell: int, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+    def _step(self, cell: int, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         view = self._views[cell]
         # Lightning passes by position; a step may leave the later arguments out.
         taken = len(inspect.signature(view.validation_step).parameters)

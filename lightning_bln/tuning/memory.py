@@ -55,13 +55,6 @@ class Memo(TorchFunctionMode):
         self._versions.clear()
         self._inputs = []
 
-    def follow(self, other: Memo) -> None:
-        """Begin with what another one knows."""
-        self.clear()
-        self._inputs = list(other._inputs)
-        self._entries = list(other._entries)
-        self._versions = list(other._versions)
-
     def begin_batch(self, batch: Any) -> None:
         """Forget everything; runs begin with these inputs."""
         self.clear()

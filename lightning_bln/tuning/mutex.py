@@ -79,6 +79,12 @@ class Mutex:
         finally:
             self._release()
 
+    def tidy(self) -> None:
+        """Remove what a holder that was killed has left, which would stay if nobody needed it any more."""
+        if self._holder()[0] is not None:
+            with self.hold():
+                pass
+
     def check(self) -> None:
         """Make sure that it is still held.
 

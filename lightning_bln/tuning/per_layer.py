@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
@@ -26,22 +28,28 @@ from lightning_bln.tuning.table import CellScore
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+_one_thread = threading.Lock()  # filters of warnings are the whole process's
+
 STEPS = 32
 """How many intermediate values a trial has at the most: each is a row in the storage, and a test by the pruner."""
 
 
 def default_sampler() -> BaseSampler:
     """TPE as Optuna 5 has it by default: all parameters together, and trials that others are running avoided."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna 4 calls both arguments so
-        return TPESampler(multivariate=True, constant_liar=True)
+    return _quietly(lambda: TPESampler(multivariate=True, constant_liar=True))  # both experimental in Optuna 4
 
 
 def default_pruner() -> BasePruner:
     """Wilcoxon's signed-rank test; p < 0.01 at each of up to `STEPS` looks is about p < 0.1 over all (Pocock)."""
-    with warnings.catch_warnings():
+    return _quietly(lambda: WilcoxonPruner(p_threshold=0.01))
+
+
+def _quietly(make: Callable[[], T]) -> T:
+    """Without Optuna's warning that something is experimental: it is our choice, not the user's."""
+    with _one_thread, warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return WilcoxonPruner(p_threshold=0.01)
+        return make()
 
 
 def search(

@@ -200,7 +200,7 @@ class _PlainRun:
         self.metrics = None if metrics is None else MetricBank(metrics, len(settings), self.device)
         self.keep_errors = keep_errors
         self.on_batch = on_batch
-        self.shared = SharedForward(model, settings, threads=True)
+        self.shared = SharedForward(model, settings)
 
     def score(self, dataloader: Iterable[Any], limit_batches: int | None, progress: bool) -> list[CellScore]:
         """All settings' scores, in their order."""
@@ -237,14 +237,18 @@ class _PlainRun:
         self, inputs: tuple[Any, ...], cells: list[int], errors: dict[int, Exception] | None
     ) -> Iterator[tuple[list[int], Any]]:
         """(settings, their outputs with a first axis for them) or ([setting], its output in a list)."""
-        together: list[tuple[int, Tensor]] = []
-        for cell, output in self.shared.run(lambda model, _, own: model(*own), inputs, cells, errors=errors):
+        together = self.shared.run_together(lambda own: self.model(*own), inputs, cells)
+        if together is not None:
+            yield cells, together
+            return
+        small: list[tuple[int, Tensor]] = []
+        for cell, output in self.shared.run(lambda _, own: self.model(*own), inputs, cells, errors=errors):
             if isinstance(output, Tensor) and output.nbytes * len(cells) <= TOGETHER_BYTES:
-                together.append((cell, output))
+                small.append((cell, output))
             else:
                 yield [cell], [output]
-        if together:
-            yield [cell for cell, _ in together], torch.stack([output for _, output in together])
+        if small:
+            yield [cell for cell, _ in small], torch.stack([output for _, output in small])
 
     def _record(
         self, group: list[int], outputs: Any, target: Any, samples: int, errors: dict[int, Exception] | None

@@ -151,6 +151,7 @@ def tune_flags(
         RuntimeError: If every setting failed.
 
     Example:
+        >>> from lightning_bln import BatchLayerNorm, set_flags_, update_statistics
         >>> from torch.utils.data import DataLoader, TensorDataset
         >>> model = nn.Sequential(nn.Linear(3, 4), BatchLayerNorm(4), nn.Linear(4, 2))
         >>> data = DataLoader(TensorDataset(torch.randn(64, 3), torch.randint(2, (64,))), batch_size=16)
@@ -158,7 +159,8 @@ def tune_flags(
         >>> result = tune_flags(model, data, nn.CrossEntropyLoss(), storage=optuna.storages.InMemoryStorage())
         >>> len(result.table)
         16
-        >>> set_flags_(model, result.best)  # doctest: +SKIP
+        >>> set_flags_(model, result.best)["1"] == result.best
+        True
     """
     _check_arguments(
         model, dataloader, per_layer, n_trials, sampler, pruner, proposals, workers, mode, heartbeat, grace
@@ -205,6 +207,7 @@ def tune_flags(
             )
         else:
             score_cells(claims, partial(score, monitor=resolved), workers)
+        claims.mutex.tidy()
     return _result(claims)
 
 

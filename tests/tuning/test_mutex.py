@@ -115,6 +115,15 @@ def test_a_study_without_a_holder_is_removed_in_time(monkeypatch: pytest.MonkeyP
     assert optuna.get_all_study_names(storage) == []
 
 
+def test_what_a_killed_holder_left_can_be_tidied():
+    storage = InMemoryStorage()
+    mutex = Mutex(storage, "a", worker_name(), patience=0.1)
+    mutex.tidy()
+    Mutex(storage, "a", "there/1/2/elsewhere/run")._acquire()
+    mutex.tidy()
+    assert optuna.get_all_study_names(storage) == []
+
+
 def test_a_holder_that_changes_is_not_taken_for_dead():
     storage = InMemoryStorage()
     name = "there/1/2/elsewhere/run"

@@ -306,11 +306,11 @@ def test_an_error_of_the_sampler_leaves_nothing_running():
 def test_workers_count_their_proposals_together():
     storage = InMemoryStorage()
     models = [make_model() for _ in range(3)]
+    samplers = [seeded(number) for number in range(3)]
     results: list[TuneResult] = []
 
     def work(number: int) -> None:
-        sampler = seeded(number)
-        results.append(tune(storage, models[number], sampler=sampler, n_trials=12, proposals=4, workers=3))
+        results.append(tune(storage, models[number], sampler=samplers[number], n_trials=12, proposals=4, workers=3))
 
     threads = [threading.Thread(target=work, args=[number]) for number in range(3)]
     for thread in threads:

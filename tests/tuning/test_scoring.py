@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import Counter
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -66,24 +64,7 @@ def test_all_settings_equal_separate_passes(batch_size: int, statistics: str) ->
     assert len({round(score.loss, 9) for score in table}) > 8  # the settings do differ
 
 
-@pytest.fixture
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def _two_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("together", [0, 1 << 30], ids=["one by one", "together"])
 @pytest.mark.parametrize(
     "build",
     [
@@ -95,72 +76,70 @@ def _two_threads():
     ],
     ids=["cnn", "pre-norm", "in place", "channels_last", "no affine"],
 )
-def test_one_thread_and_several(build, threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        model, loader = build(), images()
-        assert_same(score_flags(model, loader, F.cross_entropy, ACCURACY), separately(model, loader))
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+def test_one_by_one_and_together(build, together: int, monkeypatch) -> None:
+    monkeypatch.setattr("lightning_bln.tuning.sharing.TOGETHER_BYTES", together)
+    model, loader = build(), images()
+    assert_same(score_flags(model, loader, F.cross_entropy, ACCURACY), separately(model, loader))
 
 
-class Where(nn.Module):
-    """Notes in which thread and in which replica of the model it is called."""
+def counted(model: nn.Module) -> list[int]:
+    """The numbers of samples that come out of the model, call by call."""
+    samples: list[int] = []
+    model.register_forward_hook(lambda module, args, output: samples.append(len(output)))
+    return samples
 
-    def __init__(self, noted: list[tuple[int, int]]) -> None:
+
+def test_small_batches_run_together() -> None:
+    model = cnn()
+    calls = counted(model)
+    score_flags(model, images(samples=52), F.cross_entropy)
+    # The first batch one by one; then in one call, which is compared with one by one for each new size.
+    assert calls == 16 * [8] + 16 * [8] + 5 * [128] + 16 * [4] + [64]
+
+
+def test_large_batches_run_one_by_one(monkeypatch) -> None:
+    monkeypatch.setattr("lightning_bln.tuning.sharing.TOGETHER_BYTES", 5 * 8 * 4 * 16 * 4)  # five settings' samples
+    model = cnn()
+    calls = counted(model)
+    score_flags(model, images(samples=24), F.cross_entropy)
+    assert set(calls[32:]) == {32}  # 16 settings in four calls
+    calls.clear()
+    score_flags(model, images(samples=24, batch_size=12), F.cross_entropy)
+    assert set(calls) == {12}
+
+
+class Mixes(nn.Module):
+    """Samples act on each other: each is seen beside the mean of its mini-batch."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.noted = noted
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Where:
-        return Where(self.noted)
+        self.net = cnn()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.noted.append((threading.get_ident(), id(self)))
-        return x
+        y = self.net(x)
+        return y - y.mean(0)
 
 
-@pytest.mark.usefixtures("_two_threads")
-def test_several_threads_are_really_used() -> None:
-    noted: list[tuple[int, int]] = []
-    model = cnn().append(Where(noted))
-    score_flags(model, images(), F.cross_entropy)
-    replicas = Counter(replica for _, replica in noted)
-    assert replicas.pop(id(model[-1])) == 16 + 6  # all settings of the first batch, and one of each batch after it
-    assert sorted(replicas.values()) == [7 * 6, 8 * 6]
-    assert {thread for thread, replica in noted if replica == id(model[-1])} == {threading.get_ident()}
-    assert threading.get_ident() not in {thread for thread, replica in noted if replica in replicas}
+class Fixed(nn.Module):
+    """Written for the batch size at hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = cnn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[6:](self.net[:6](x).reshape(len(x), -1))
 
 
-@pytest.mark.usefixtures("_two_threads")
-@pytest.mark.parametrize("why", ["a hook", "cannot be copied", "writes into a buffer"])
-def test_models_that_one_thread_must_run(why: str) -> None:
-    class Stubborn(Where):
-        def __deepcopy__(self, memo: dict[int, Any]) -> Where:
-            raise TypeError("cannot pickle '_thread.lock' object")
-
-    class Cache(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("cache", torch.zeros(8, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.cache[: len(x)] = x
-            return self.cache[: len(x)] + 0
-
-    noted: list[tuple[int, int]] = []
-    model = cnn().append(Where(noted))
-    if why == "a hook":
-        model[0].register_forward_hook(lambda *_: None)
-    elif why == "cannot be copied":
-        model.append(Stubborn([]))
-    else:
-        model.append(Cache())
-    loader = images()
-    table = score_flags(model, loader, F.cross_entropy, ACCURACY)
-    assert len(set(noted)) == 1
-    assert_same(table, separately(model, loader))
+@pytest.mark.parametrize("kind", [Mixes, Fixed, lambda: with_statistics(PreNorm())], ids=["mixes", "fixed", "pre-norm"])
+def test_models_whose_settings_cannot_run_together(kind, caplog) -> None:
+    caplog.set_level("INFO", logger="lightning_bln.tuning.sharing")
+    model, loader = kind().eval(), images(samples=16)
+    expected = separately(model, loader)
+    calls = counted(model)
+    assert_same(score_flags(model, loader, F.cross_entropy, ACCURACY), expected)
+    assert "settings run one by one" in caplog.text
+    assert calls.count(8) >= 3 * 16
 
 
 def test_python_code_that_depends_on_values() -> None:
@@ -189,8 +168,9 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operations(model: nn.Module, cells: list, batches: int = 3) -> Counter[str]:
-    """What a pass computes for each batch after the first."""
+def operations(model: nn.Module, cells: list, monkeypatch, batches: int = 3) -> Counter[str]:
+    """What a pass computes for each batch after the first, setting by setting."""
+    monkeypatch.setattr("lightning_bln.tuning.sharing.TOGETHER_BYTES", 0)
     counts = []
     for count in (1, batches + 1):
         with Operations() as operations:
@@ -199,17 +179,15 @@ def operations(model: nn.Module, cells: list, batches: int = 3) -> Counter[str]:
     return Counter({name: count / batches for name, count in (counts[1] - counts[0]).items()})
 
 
-@pytest.mark.usefixtures("_one_thread")
-def test_what_comes_before_the_first_layer_is_computed_once() -> None:
-    counts = operations(cnn(), list(StatFlags.all()))
+def test_what_comes_before_the_first_layer_is_computed_once(monkeypatch) -> None:
+    counts = operations(cnn(), list(StatFlags.all()), monkeypatch)
     assert counts["aten.convolution"] == 1 + 16
     assert counts["aten.tanh"] == 1
     assert counts["aten.addmm"] == 2 * 16
     assert counts["lightning_bln.batch_layer_norm"] == 3 * 16
 
 
-@pytest.mark.usefixtures("_one_thread")
-def test_settings_that_agree_so_far_share_work() -> None:
+def test_settings_that_agree_so_far_share_work(monkeypatch) -> None:
     model = cnn()
     first, second, third = bln_layers(model)
 
@@ -217,14 +195,14 @@ def test_settings_that_agree_so_far_share_work() -> None:
         return dict(zip((first, second, third), codes, strict=True))
 
     cells = [setting("TTFF", "TTFF", last) for last in ("TTFF", "FFFF", "TTTT")]
-    counts = operations(model, cells)
+    counts = operations(model, cells, monkeypatch)
     assert counts["aten.convolution"] == 2
     assert counts["lightning_bln.batch_layer_norm"] == 1 + 1 + 3
     assert counts["aten.addmm"] == 1 + 3
 
     # A tree: in whatever order they are given, two share the second layer and all three the first.
     cells = [setting("TTFF", "FFFF", "TTFF"), setting("TTFF", "TTFF", "FFFF"), setting("TTFF", "FFFF", "FFFF")]
-    counts = operations(model, cells)
+    counts = operations(model, cells, monkeypatch)
     assert counts["aten.convolution"] == 2
     assert counts["lightning_bln.batch_layer_norm"] == 1 + 2 + 3
 
@@ -232,20 +210,17 @@ def test_settings_that_agree_so_far_share_work() -> None:
     assert_same(score_flags(model, images(), F.cross_entropy, cells=cells), expected)
 
 
-@pytest.mark.usefixtures("_one_thread")
-def test_flags_that_make_no_difference_cost_nothing() -> None:
+def test_flags_that_make_no_difference_cost_nothing(monkeypatch) -> None:
     fresh = cnn()
     for layer in bln_layers(fresh).values():
         layer.reset_statistics()  # without a population every flag means the mini-batch
-    counts = operations(fresh, list(StatFlags.all()))
+    counts = operations(fresh, list(StatFlags.all()), monkeypatch)
     assert counts["aten.convolution"] == 2
     assert counts["lightning_bln.batch_layer_norm"] == 3
     assert len({score.loss for score in score_flags(fresh, images(), F.cross_entropy)}) == 1
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_in_place_writes_are_noticed(threads: int, request) -> None:
-    request.getfixturevalue("_one_thread" if threads == 1 else "_two_threads")
+def test_in_place_writes_are_noticed() -> None:
 
     class Writes(nn.Module):
         """Writes into its input and into what comes before the first layer, after that layer."""
@@ -414,6 +389,34 @@ def test_a_setting_that_raises_is_kept_apart() -> None:
     del expected["FTFT"]
     assert_same(ScoreTable([score for score in table if score.complete]), expected)
     assert table[-1] is failed[0]
+
+
+def test_a_setting_that_raises_late_is_kept_apart() -> None:
+    class Late(nn.Module):
+        """Fails for one setting from some batch on, also where several run in one call."""
+
+        def __init__(self, start: int) -> None:
+            super().__init__()
+            self.net, self.start, self.seen = cnn(), start, 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.net(x)
+            if x[0, 0, 0, 0] == self.start and (len(y) > len(x) or self.net[2].flags.code == "FTFT"):
+                raise FloatingPointError("overflow")
+            return y
+
+    loader = list(images(samples=48))
+    for batch in (1, 3):  # when sizes are checked, and after that
+        model = Late(loader[batch][0][0, 0, 0, 0].item()).eval()
+        table = score_flags(model, loader, F.cross_entropy, errors="keep")
+        assert [(score.code, score.error) for score in table if score.error] == [
+            ("FTFT", "FloatingPointError: overflow")
+        ]
+        expected = separately(model.net, loader)
+        del expected["FTFT"]
+        assert_same(ScoreTable([score for score in table if score.complete]), expected)
+        with pytest.raises(FloatingPointError, match="overflow"):
+            score_flags(model, loader, F.cross_entropy)
 
 
 def test_dropped_settings() -> None:

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_bln import StatFlags, set_flags_
+from lightning_bln.tuning.mutex import Mutex
 from lightning_bln.tuning.scoring import score_flags
 from lightning_bln.tuning.space import params_setting
 from lightning_bln.tuning.storage import open_storage
@@ -126,6 +127,18 @@ def test_a_finished_study_is_read_again(tmp_path: Path):
     assert len(again.study.trials) == 16
     assert again.table.to_json() == first.table.to_json()
     assert load_scores(load(f"sqlite:///{tmp_path / 'flags.db'}")).to_json() == first.table.to_json()
+
+
+def test_a_finished_study_is_rid_of_what_a_killed_worker_left():
+    storage = InMemoryStorage()
+    tune(storage)
+    dead = subprocess.run([sys.executable, "-c", _NAME], capture_output=True, text=True, check=True).stdout.strip()
+    Mutex(storage, "lightning-bln", dead)._acquire()
+    tune(storage)
+    assert optuna.get_all_study_names(storage) == ["lightning-bln"]
+
+
+_NAME = "from lightning_bln.tuning.workers import worker_name; print(worker_name())"
 
 
 def test_another_monitor_and_the_largest_value():
