@@ -64,5 +64,5 @@ def _unreduced(loss: Loss) -> Loss | None:
         return loss
     if "reduction" not in parameters:
         return loss
-    each: Any = loss  # that it takes a reduction is not in its type
-    return partial(each, reduction="none")
+    reducing: Any = loss  # that it takes a reduction is not in its type
+    return partial(reducing, reduction="none")

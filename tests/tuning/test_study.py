@@ -386,14 +386,14 @@ def test_two_processes_share_a_grpc_proxy(tmp_path: Path):
         "import sys; from optuna.storages import run_grpc_proxy_server\n"
         "from lightning_bln.tuning.storage import open_storage\n"
         "from optuna.storages import get_storage\n"
-        "run_grpc_proxy_server(get_storage(open_storage(sys.argv[1])), host='localhost', port=int(sys.argv[2]))\n"
+        "run_grpc_proxy_server(get_storage(open_storage(sys.argv[1])), host='127.0.0.1', port=int(sys.argv[2]))\n"
     )
     server = subprocess.Popen(
         [sys.executable, "-c", code, storage, str(port)], env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     try:
         options = {"fails": "FTFT", "pause": 0.002, "workers": 2}
-        _, codes, output = run_workers(f"grpc://localhost:{port}", tmp_path, [options, options])
+        _, codes, output = run_workers(f"grpc://127.0.0.1:{port}", tmp_path, [options, options])
         assert codes == [0, 0], output
     finally:
         server.terminate()
@@ -407,7 +407,7 @@ def free_port() -> int:
     import socket
 
     with socket.socket() as chosen:
-        chosen.bind(("localhost", 0))
+        chosen.bind(("127.0.0.1", 0))
         return chosen.getsockname()[1]
 
 
