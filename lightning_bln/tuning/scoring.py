@@ -16,7 +16,7 @@ from lightning_bln.replay import map_tensors, tensors_in
 from lightning_bln.surgery import bln_layers
 from lightning_bln.tuning.losses import Loss, SampleLosses
 from lightning_bln.tuning.records import CellRecord, MetricBank
-from lightning_bln.tuning.sharing import SharedForward
+from lightning_bln.tuning.sharing import SharedForward, normal_tensor
 from lightning_bln.tuning.space import Setting, parse_setting, setting_code
 from lightning_bln.tuning.table import CellScore, ScoreTable, check_choices
 
@@ -200,7 +200,7 @@ class _PlainRun:
         self.metrics = None if metrics is None else MetricBank(metrics, len(settings), self.device)
         self.keep_errors = keep_errors
         self.on_batch = on_batch
-        self.shared = SharedForward(model, settings)
+        self.shared = SharedForward(model, settings, inference=True)
 
     def score(self, dataloader: Iterable[Any], limit_batches: int | None, progress: bool) -> list[CellScore]:
         """All settings' scores, in their order."""
@@ -246,7 +246,8 @@ class _PlainRun:
             if isinstance(output, Tensor) and output.nbytes * len(cells) <= TOGETHER_BYTES:
                 small.append((cell, output))
             else:
-                yield [cell], [output]
+                # A loss or a metric may write into what it is given.
+                yield [cell], [map_tensors(normal_tensor, output)]
         if small:
             yield [cell for cell, _ in small], torch.stack([output for _, output in small])
 
