@@ -142,14 +142,15 @@ def test_models_whose_settings_cannot_run_together(kind, caplog) -> None:
     assert calls.count(8) >= 3 * 16
 
 
-def test_losses_and_metrics_may_write_into_outputs(monkeypatch) -> None:
+def test_a_metric_may_write_into_outputs(monkeypatch) -> None:
+    class Writes(MulticlassAccuracy):
+        def update(self, preds: Tensor, target: Tensor) -> None:
+            super().update(preds.mul_(2), target)
+
     monkeypatch.setattr("lightning_bln.tuning.scoring.TOGETHER_BYTES", 0)
-
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(output.mul_(2), target)
-
     model, loader = cnn(), images()
-    assert_same(score_flags(model, loader, loss), separately(model, loader, loss=loss))
+    table = score_flags(model, loader, F.cross_entropy, {"MulticlassAccuracy": Writes(4, average="micro")})
+    assert_same(table, separately(model, loader))
 
 
 def test_python_code_that_depends_on_values() -> None:
