@@ -395,6 +395,7 @@ def test_two_processes_share_a_grpc_proxy(tmp_path: Path):
         options = {"fails": "FTFT", "pause": 0.002, "workers": 2}
         _, codes, output = run_workers(f"grpc://127.0.0.1:{port}", tmp_path, [options, options])
         assert codes == [0, 0], output
+        assert "fell silent" not in output, output
     finally:
         server.terminate()
         server.wait(timeout=30)
