@@ -179,6 +179,7 @@ def in_short(rows: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 as train/<class>/*, test/<class>/*")
+    parser.add_argument("--data-name", help='what the results call these images, such as "CIFAR-10 (JPEG)"')
     parser.add_argument("--threads", type=int, default=2, help="of the CPU; default 2")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; default 5")
     parser.add_argument("--samples", type=int, default=10_000, help="images; default 10000")
@@ -187,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     train, test = standardised(images(args.data, "train", 9_000), images(args.data, "test", args.samples))
-    what = "random images" if args.data is None else f"{args.data.name} images"
+    what = args.data_name or ("random images" if args.data is None else args.data.name)
     rows = []
     for batch_size in args.batch_sizes:
         # Population statistics belong to the batch size that they were taken with.

@@ -95,7 +95,7 @@ def flags_table(results: Path) -> str:
     rows = read_csv(results / "flags.csv")
     where = rows[0]
     lines = [
-        "| batch size | a plain evaluation | all 16 settings | 16 evaluations | over a plain one | 16 over a plain one |",
+        "| batch size | one evaluation | all 16 settings | 16 evaluations | all 16 over one | 16 over one |",
         "|--:|--:|--:|--:|--:|--:|",
     ]
     for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
@@ -108,7 +108,7 @@ def flags_table(results: Path) -> str:
     difference = max(row["largest_loss_difference"] for row in rows)
     lines += [
         "",
-        f"The paper's CNN, {where['samples']} images ({where['data']}), loss and accuracy; medians (quartiles) over "
+        f"The paper's CNN, {where['samples']:,} images of {where['data']}, loss and accuracy; medians (quartiles) over "
         f"{where['rounds']} rounds in turn; losses differ by at most {difference:.0e}. {_device(where)}, torch "
         f"{where['torch']}. Reproduce it with `python -m benchmarks.flags --data FOLDER`.",
     ]
