@@ -174,8 +174,8 @@ class SharedForward:
 
     def _run_both_ways(self, call: Callable[[Any], Tensor], batch: Any, cells: Sequence[int]) -> Tensor | None:
         """The results, if settings in one call give what they give one by one."""
-        alone = dict(self._run_in_turn(lambda _, own: call(own), batch, self._ordered(cells), None, None))
         together = self._run_groups(call, batch, cells)
+        alone = dict(self._run_in_turn(lambda _, own: call(own), batch, self._ordered(cells), None, None))
         if all(_close(alone[cell], own) for cell, own in zip(cells, together, strict=True)):
             return together
         log.info("settings run one by one: in one call their samples would act on each other")

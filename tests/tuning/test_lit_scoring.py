@@ -122,6 +122,24 @@ def test_its_own_data_and_a_datamodule() -> None:
     assert_same(table, separately(model, images(samples=20)))
 
 
+def test_transfer_hooks_of_the_datamodule_and_of_the_module() -> None:
+    class Data(pl.LightningDataModule):
+        def val_dataloader(self) -> Any:
+            return images(samples=20)
+
+        def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+            return [3 * batch[0], batch[1]]
+
+    class Own(Plain):
+        def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+            return [batch[0] / 2, batch[1]]
+
+    plain, own = Plain(), Own()
+    assert_same(score_flags(plain, Data(), progress=False), separately(plain, Data()))
+    assert_same(score_flags(own, images(samples=20), progress=False), separately(own, images(samples=20)))
+    assert score_flags(plain, Data(), progress=False).best.loss != score_flags(plain, images(samples=20)).best.loss
+
+
 def test_the_first_part_is_computed_once() -> None:
     class Count(TorchDispatchMode):
         convolutions = 0

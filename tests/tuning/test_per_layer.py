@@ -40,11 +40,10 @@ class Planted(nn.Module):
         self.second = BatchLayerNorm(2)
         self.calls: list[str] = []
         self.interrupted_at = -1
-        # A model with a hook is run by one thread, so that calls are counted one by one.
-        self.register_forward_hook(lambda *_: None)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.second(self.first(x))
+        if len(self.second(self.first(x))) != len(x):
+            raise RuntimeError("Calls are counted setting by setting, not of several in one call.")
         flags = {name: getattr(self, name).flags for name in LAYERS}
         self.calls.append(setting_code(flags))
         if len(self.calls) == self.interrupted_at:

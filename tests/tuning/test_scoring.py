@@ -94,7 +94,7 @@ def test_small_batches_run_together() -> None:
     calls = counted(model)
     score_flags(model, images(samples=52), F.cross_entropy)
     # The first batch one by one; then in one call, which is compared with one by one for each new size.
-    assert calls == 16 * [8] + 16 * [8] + 5 * [128] + 16 * [4] + [64]
+    assert calls == 16 * [8] + [128] + 16 * [8] + 4 * [128] + [64] + 16 * [4]
 
 
 def test_large_batches_run_one_by_one(monkeypatch) -> None:

@@ -38,11 +38,11 @@ class Net(nn.Module):
         self.waits = False
         self.interrupted_at = -1
         self.calls: list[str] = []
-        # A model with a hook is run by one thread, so that calls are counted one by one.
-        self.register_forward_hook(lambda *_: None)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.first(x))
+        if len(y) != len(x):
+            raise RuntimeError("Calls are counted setting by setting, not of several in one call.")
         if not self.training:
             self._do_as_told(self.norm.flags.code)
         return self.last(y.relu())
