@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# A fixture for tests in several folders. No second conftest.py: two modules of one name hide each other from spawned
+# processes, which look for the functions of this one.
+from tests.tuning.postgres import postgres as postgres
+
 SIZES = {"N": 5, "C": 7, "T": 4, "D": 2, "H": 3, "W": 2}
 
 

@@ -493,6 +493,8 @@ def test_ctrl_c(folder: Path, name: str):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in the background Ctrl-C is ignored, by their children too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 120
     while not begun(folder, name) and process.poll() is None and time.monotonic() < deadline:

@@ -71,7 +71,7 @@ def test_as_files(tmp_path) -> None:
 
 def test_as_text() -> None:
     text = str(TABLE)
-    for part in ("TTFF", "best", "tied with the best", "ValueError: [bold]no[/bold]", "pruned", "95 % interval"):
+    for part in ("TTFF", "best", "tied", "FTFT failed: ValueError: [bold]no[/bold]", "pruned", "95 % interval"):
         assert part in text
     assert "nan" not in text
     assert repr(TABLE) == f"ScoreTable({TABLE.summary()})"

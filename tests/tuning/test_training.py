@@ -107,10 +107,13 @@ class TestFailures:
                 raise KeyboardInterrupt
             return (Interrupted if trial.number == 1 else LitNet)(), loaders(), QUICK
 
-        before = signal.getsignal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            tune_training(interrupted, n_trials=3, storage=url)
-        assert signal.getsignal(signal.SIGINT) is before, "Lightning leaves it ignored"
+        outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                tune_training(interrupted, n_trials=3, storage=url)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Lightning leaves it ignored"
+        finally:
+            signal.signal(signal.SIGINT, outside)
         study = optuna.load_study(study_name="lightning-bln-training", storage=url)
         assert states(study) == ["COMPLETE", "FAIL"]
         assert study.trials[1].user_attrs["error"] == "Interrupted: KeyboardInterrupt"

@@ -31,11 +31,12 @@ def _programs(folder: Path, other_user: bool) -> Path | None:
     package = importlib.util.find_spec("pgserver")
     if package is None or package.origin is None:
         return None
-    installed = Path(package.origin).parent / "pginstall"
-    if not other_user:
-        return installed / "bin"
-    # The other user may have no way into this environment's folder.
-    return shutil.copytree(installed, folder / "pginstall") / "bin"
+    installed = Path(package.origin).parent
+    if other_user:  # who may have no way into this environment's folder
+        libraries = installed.with_name("pgserver.libs")
+        shutil.copytree(libraries, folder / libraries.name)
+        installed = shutil.copytree(installed, folder / "pgserver")
+    return installed / "pginstall" / "bin"
 
 
 @pytest.fixture(scope="session")
@@ -50,22 +51,33 @@ def postgres() -> Iterator[Callable[[], str]]:
         names = {entry.pw_name: entry for entry in pwd.getpwall()}
         user = names.get("postgres") or names["nobody"]
         account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-    programs = _programs(folder, other_user=bool(account))
-    if programs is None:
-        shutil.rmtree(folder)
-        pytest.skip("needs PostgreSQL: initdb and postgres on the PATH, or pip install pgserver")
-    if account:
-        os.chown(folder, account["user"], account["group"])
-    arguments: dict[str, Any] = {**account, "cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    initdb = [programs / "initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"]
-    made = subprocess.run([*initdb, "--locale", "C"], text=True, check=False, **arguments)
-    assert made.returncode == 0, made.stdout
-    log = folder / "log"
-    with log.open("w") as output:
-        options = ["-c", "listen_addresses=", "-c", "fsync=off", "-k", str(folder)]
-        command = [programs / "postgres", "-D", folder / "data", *options]
-        server = subprocess.Popen(command, **(arguments | {"stdout": output, "stderr": output}))
+    server = None
     try:
+        programs = _programs(folder, other_user=bool(account))
+        if programs is None:
+            pytest.skip("needs PostgreSQL: initdb and postgres on the PATH, or pip install pgserver")
+        if account:
+            os.chown(folder, account["user"], account["group"])
+        arguments: dict[str, Any] = {**account, "cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        initdb = [
+            programs / "initdb",
+            "-D",
+            folder / "data",
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "--no-sync",
+            "-E",
+            "UTF8",
+        ]
+        made = subprocess.run([*initdb, "--locale", "C"], text=True, check=False, **arguments)
+        assert made.returncode == 0, made.stdout
+        log = folder / "log"
+        with log.open("w") as output:
+            options = ["-c", "listen_addresses=", "-c", "fsync=off", "-k", str(folder)]
+            command = [programs / "postgres", "-D", folder / "data", *options]
+            server = subprocess.Popen(command, **(arguments | {"stdout": output, "stderr": output}))
         where = {"host": str(folder), "user": "postgres", "dbname": "postgres", "autocommit": True}
         for _ in range(200):
             try:
@@ -85,6 +97,7 @@ def postgres() -> Iterator[Callable[[], str]]:
         with connection:
             yield database
     finally:
-        server.send_signal(signal.SIGQUIT)  # at once: nothing is to be kept
-        server.wait(timeout=30)
+        if server is not None:
+            server.send_signal(signal.SIGQUIT)  # at once: nothing is to be kept
+            server.wait(timeout=30)
         shutil.rmtree(folder)
