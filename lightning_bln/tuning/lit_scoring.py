@@ -25,6 +25,7 @@ from lightning_bln.tuning.table import CellScore
 if TYPE_CHECKING:
     from lightning_bln.tuning.scoring import OnBatch
 
+_LOG = inspect.signature(pl.LightningModule.log)  # takes longer to make than a value to log
 _CONTAINERS = (list, dict, set, deque)
 
 
@@ -114,6 +115,8 @@ class _Run(pl.LightningModule):
             view.log = partial(self._log, cell)  # type: ignore[method-assign]
         # Lightning finds the views' metrics among the submodules.
         self.views = nn.ModuleList(self._views)
+        # Lightning passes by position; a step may leave the later arguments out.
+        self._taken = len(inspect.signature(model.validation_step).parameters)
         self.model = model  # for hooks that are called once
         # Lightning asks who overrides these, the module or the data module.
         for hook in ("transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer"):
@@ -175,11 +178,9 @@ class _Run(pl.LightningModule):
 
     def _step(self, cell: int, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         view = self._views[cell]
-        # Lightning passes by position; a step may leave the later arguments out.
-        taken = len(inspect.signature(view.validation_step).parameters)
         self._logged = {}
         view.on_validation_batch_start(batch, batch_idx, dataloader_idx)
-        output = view.validation_step(*(batch, batch_idx, dataloader_idx)[:taken])
+        output = view.validation_step(*(batch, batch_idx, dataloader_idx)[: self._taken])
         view.on_validation_batch_end(output, batch, batch_idx, dataloader_idx)
         if self.monitor is None:
             self.monitor = _only_loss(self._logged)
@@ -190,7 +191,7 @@ class _Run(pl.LightningModule):
             self._seen[cell] = samples, value * samples
 
     def _log(self, cell: int, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(pl.LightningModule.log).bind(self, name, value, *args, **kwargs)
+        bound = _LOG.bind(self, name, value, *args, **kwargs)
         kwargs = {key: own for key, own in bound.arguments.items() if key not in ("self", "name", "value")}
         # The bar and the logger are for one model's values, not for those of many settings.
         kwargs |= {"prog_bar": False, "logger": False}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torchmetrics import Metric, MetricCollection
 
-TOGETHER_BYTES = 1 << 20
+ONE_LOSS_BYTES = 1 << 20
 """Outputs of all settings up to this size get their losses in one call."""
 
 OnBatch = Callable[[int, dict[int, tuple[int, float]]], "Collection[int] | None"]
@@ -243,7 +243,7 @@ class _PlainRun:
             return
         small: list[tuple[int, Tensor]] = []
         for cell, output in self.shared.run(lambda _, own: self.model(*own), inputs, cells, errors=errors):
-            if isinstance(output, Tensor) and output.nbytes * len(cells) <= TOGETHER_BYTES:
+            if isinstance(output, Tensor) and output.nbytes * len(cells) <= ONE_LOSS_BYTES:
                 small.append((cell, output))
             else:
                 # A loss or a metric may write into what it is given.

@@ -32,7 +32,7 @@ from lightning_bln.tuning.per_layer import search
 from lightning_bln.tuning.scoring import OnBatch, score_flags
 from lightning_bln.tuning.space import Setting, by_layer, params_setting
 from lightning_bln.tuning.storage import StorageLike, open_storage
-from lightning_bln.tuning.table import CellScore, ScoreTable
+from lightning_bln.tuning.table import CellScore, ScoreTable, check_choices
 
 log = logging.getLogger(__name__)
 
@@ -301,8 +301,7 @@ def _check_arguments(
     for name, value in (("n_trials", n_trials), ("proposals", proposals), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}.")
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
+    check_choices(mode)
     if not 0 < heartbeat < grace:
         raise ValueError(
             f"heartbeat must be positive and shorter than grace, or living workers would be taken for dead, got "

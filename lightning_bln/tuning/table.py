@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_bln.flags import StatFlags
-from lightning_bln.tuning.intervals import Units, mean_loss, paired_difference
+from lightning_bln.tuning.intervals import Units, paired_difference
 from lightning_bln.tuning.space import Setting, parse_setting, setting_code
 
 FORMAT = "lightning-bln score table 1"
@@ -310,17 +310,12 @@ class ScoreTable(Sequence[CellScore]):
         return f"ScoreTable({self.summary()})"
 
 
-def check_choices(mode: str, confidence: float) -> None:
+def check_choices(mode: str, confidence: float = 0.95) -> None:
     """Raise if a table cannot be made with these, before anything is scored."""
     if mode not in ("min", "max"):
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence lies between 0 and 1, got {confidence!r}; say 0.95.")
-
-
-def score_from_units(setting: Setting, units: Units, metrics: Mapping[str, float]) -> CellScore:
-    """A complete score whose loss is the units' mean."""
-    return CellScore(setting, mean_loss(units), dict(metrics), sum(n for n, _ in units), tuple(units))
 
 
 def _finite(value: float) -> float | None:

@@ -20,6 +20,7 @@ from lightning_bln.callback import BLNSwap
 from lightning_bln.flags import FlagsLike, StatFlags
 from lightning_bln.tuning.mutex import Mutex
 from lightning_bln.tuning.storage import StorageLike, open_storage
+from lightning_bln.tuning.table import check_choices
 from lightning_bln.tuning.training_space import check_swap_space, suggest_swap
 from lightning_bln.tuning.training_trial import Build, TrialRun
 from lightning_bln.tuning.workers import Heartbeat, Watch, is_gone, worker_name
@@ -109,8 +110,7 @@ def tune_training(
     """
     if n_trials < 1:
         raise ValueError(f"n_trials must be at least 1, got {n_trials!r}.")
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode must be 'min' or 'max', got {mode!r}.")
+    check_choices(mode)
     if not 0 < heartbeat < grace:
         raise ValueError(f"heartbeat must be above 0 and below grace, got {heartbeat!r} and {grace!r}; say 10 and 60.")
     all_flags = isinstance(flags, str) and flags == "score"

@@ -147,7 +147,7 @@ def test_a_metric_may_write_into_outputs(monkeypatch) -> None:
         def update(self, preds: Tensor, target: Tensor) -> None:
             super().update(preds.mul_(2), target)
 
-    monkeypatch.setattr("lightning_bln.tuning.scoring.TOGETHER_BYTES", 0)
+    monkeypatch.setattr("lightning_bln.tuning.scoring.ONE_LOSS_BYTES", 0)
     model, loader = cnn(), images()
     table = score_flags(model, loader, F.cross_entropy, {"MulticlassAccuracy": Writes(4, average="micro")})
     assert_same(table, separately(model, loader))

@@ -10,12 +10,13 @@ import pytest
 
 from lightning_bln import StatFlags
 from lightning_bln.tuning import CellScore, ScoreTable
+from lightning_bln.tuning.intervals import mean_loss
 from lightning_bln.tuning.space import parse_setting
-from lightning_bln.tuning.table import score_from_units
 
 
 def score(code: str, losses: list[float], **metrics: float) -> CellScore:
-    return score_from_units(parse_setting(code), [(10, 10 * loss) for loss in losses], metrics)
+    units = tuple((10, 10 * loss) for loss in losses)
+    return CellScore(parse_setting(code), mean_loss(units), metrics, 10 * len(units), units)
 
 
 BEST = score("TTFF", [1.0, 2.0, 1.5, 1.2], accuracy=0.5)
