@@ -204,9 +204,9 @@ class BLNSwap(pl.Callback):
             del pl_module.configure_model
 
     def _warn_about_other_settings(self, pl_module: pl.LightningModule) -> None:
-        names = ["population", "momentum", "batch_size"]
-        if self.swap_arguments["eps"] is not None:
-            names.append("eps")
+        # None asks for nothing: a model's own layers may well have a batch size and an eps of their own.
+        names = ["population", "momentum"]
+        names += [name for name in ("batch_size", "eps") if self.swap_arguments[name] is not None]
         for name, layer in bln_layers(pl_module).items():
             other = {n: getattr(layer, n) for n in names if getattr(layer, n) != self.swap_arguments[n]}
             if other:

@@ -1,4 +1,4 @@
-"""The zoo's choice of normalization layers for feature maps (N, C, H, W)."""
+"""The zoo's choice of normalization layers, for feature maps (N, C, H, W) or rows (N, C)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Norm = str | Callable[[int], nn.Module]
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` over the channels of each position of (N, C, H, W)."""
+    """`nn.LayerNorm` over the channels of each position of (N, C, ...)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over axis 1."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def norm_layer(norm: Norm, channels: int) -> nn.Module:
+def norm_layer(norm: Norm, channels: int, *, rows: bool = False, batch_size: int | None = None) -> nn.Module:
     """A normalization layer for ``channels`` channels.
 
     "bln" starts with weight sqrt(C), which cancels the layer's 1/sqrt(C), so that its output has the scale of the
@@ -30,6 +30,8 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
     Args:
         norm: "bln", "bn", "ln", "gn", or a callable that takes the number of channels.
         channels: C.
+        rows: For (N, C) instead of (N, C, H, W). Default False.
+        batch_size: B of BLN's weights where rows are not samples. Default None: the number of samples.
 
     Returns:
         The layer.
@@ -40,13 +42,13 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
     if callable(norm):
         return norm(channels)
     if norm == "bln":
-        layer = BatchLayerNorm(channels, eps=1e-5)
+        layer = BatchLayerNorm(channels, eps=1e-5, batch_size=batch_size)
         nn.init.constant_(layer.get_parameter("weight"), math.sqrt(channels))
         return layer
     if norm == "bn":
-        return nn.BatchNorm2d(channels)
+        return nn.BatchNorm1d(channels) if rows else nn.BatchNorm2d(channels)
     if norm == "ln":
-        return ChannelLayerNorm(channels)
+        return nn.LayerNorm(channels) if rows else ChannelLayerNorm(channels)
     if norm == "gn":
         return nn.GroupNorm(math.gcd(8, channels), channels)
     raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))} or a callable, got {norm!r}.")

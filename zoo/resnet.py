@@ -6,6 +6,7 @@ Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 201
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +46,14 @@ class CifarResNet(nn.Module):
     Args:
         depth: 6n + 2, such as 20, 32, 44, 56.
         norm: "bln", "bn", "ln", "gn", or a callable that takes the number of channels. Default "bln".
-        num_classes: Default 10.
+        num_classes: Default 10; 0 for features (N, 64).
         in_channels: Default 3.
 
     Raises:
         ValueError: If ``depth`` is not 6n + 2, or ``norm`` is not known.
     """
+
+    classifier: ClassVar[str] = "fc"
 
     def __init__(self, depth: int, norm: Norm = "bln", num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
@@ -67,7 +70,7 @@ class CifarResNet(nn.Module):
                 stage.append(_Block(channels, width, stride if index == 0 else 1, norm))
                 channels = width
             self.stages.append(stage)
-        self.fc = nn.Linear(channels, num_classes)
+        self.fc: nn.Module = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

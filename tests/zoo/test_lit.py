@@ -1,0 +1,143 @@
+"""`LitClassifier` under a real Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_bln import BLNSwap
+from zoo.data import Digits
+from zoo.lit import LitClassifier, computes_in_bf16
+
+# The resumed run does not save checkpoints.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+
+GRU = {"model": "gru_bln", "optimizer": "adam", "lr": 1e-2, "bf16": False}
+GRU_KWARGS = {"vocabulary_size": None, "embedding_size": 8, "hidden_size": 12, "batch_size": 32}
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(
+        default_root_dir=folder, callbacks=[BLNSwap(), *callbacks], **{"max_epochs": 2, **quiet, **kwargs}
+    )
+
+
+class StopAt(pl.Callback):
+    """An error at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("stopped")
+
+
+def module(**kwargs: Any) -> LitClassifier:
+    pl.seed_everything(3)
+    return LitClassifier(**{**GRU, "model_kwargs": GRU_KWARGS, **kwargs})
+
+
+@pytest.mark.parametrize(("saved", "stopped"), [(10, 15), (37, 40), (50, 55), (74, None)])
+def test_resuming_from_any_step_is_the_same_bit_for_bit(saved: int, stopped: int | None, tmp_path: Path) -> None:
+    expected = module()
+    trainer(tmp_path, enable_checkpointing=False, max_epochs=3).fit(expected, Digits("sequences"))
+    model = module()
+    every = ModelCheckpoint(tmp_path / "steps", filename="{step}", every_n_train_steps=saved, save_top_k=-1)
+    first = trainer(tmp_path, every, StopAt(-1 if stopped is None else stopped), max_epochs=3)
+    if stopped is None:
+        first.fit(model, Digits("sequences"))
+    else:
+        with pytest.raises(RuntimeError, match="stopped"):
+            first.fit(model, Digits("sequences"))
+    resumed = module()
+    torch.randn(100)  # the global generator may be anywhere
+    rest = trainer(tmp_path, enable_checkpointing=False, max_epochs=3)
+    rest.fit(resumed, Digits("sequences"), ckpt_path=tmp_path / "steps" / f"step={saved}.ckpt", weights_only=True)
+    assert rest.global_step == 111
+    for name, value in expected.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_it_learns_and_logs(tmp_path: Path) -> None:
+    pl.seed_everything(1)
+    model = LitClassifier("cnn_bln", optimizer="adam", lr=1e-2)
+    run = trainer(tmp_path, max_epochs=4)
+    run.fit(model, Digits())
+    assert {"train_loss", "val_loss", "val_accuracy"} <= set(run.callback_metrics)
+    (tested,) = run.test(model, Digits(), verbose=False)
+    assert tested["test_accuracy"] > 0.9
+    data = Digits()
+    data.setup("test")
+    images, labels = next(iter(data.test_dataloader()))
+    with torch.no_grad():
+        outputs = model.eval()(images)
+    assert tested["test_accuracy"] == pytest.approx(float((outputs.argmax(1) == labels).double().mean()))
+    assert tested["test_loss"] == pytest.approx(float(nn.functional.cross_entropy(outputs, labels)), rel=1e-5)
+
+
+def test_one_output_is_a_logit() -> None:
+    outputs, labels = torch.tensor([[2.0], [-1.0]]), torch.tensor([1, 1])
+    expected = nn.functional.binary_cross_entropy_with_logits(torch.tensor([2.0, -1.0]), torch.ones(2))
+    torch.testing.assert_close(LitClassifier.loss(outputs, labels), expected)
+
+
+def test_biases_and_norms_do_not_decay(tmp_path: Path) -> None:
+    model = LitClassifier("cnn_bn", weight_decay=0.1, schedule="constant", optimizer="sgd", lr=0.5)
+    optimizer: Any = model.configure_optimizers()
+    decayed, rest = optimizer.param_groups
+    assert [group["weight_decay"] for group in (decayed, rest)] == [0.1, 0.0]
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    assert optimizer.defaults["nesterov"]
+
+
+def test_the_rate_rises_and_falls(tmp_path: Path) -> None:
+    rates = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer(tmp_path, Rates(), max_epochs=1).fit(LitClassifier("cnn_bln", lr=0.1), Digits())
+    assert rates[0] == pytest.approx(0.01)
+    assert max(rates) == pytest.approx(0.1, rel=0.1)
+    assert rates[-1] < 0.005
+    assert rates.index(max(rates)) in (6, 7)  # of 37
+
+
+def test_bf16_is_for_training_only(tmp_path: Path) -> None:
+    seen = {}
+
+    class Watch(pl.Callback):
+        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+            def note(layer: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+                seen[layer.training] = output.dtype
+
+            pl_module.model.layers[0].register_forward_hook(note)
+
+    trainer(tmp_path, Watch(), max_epochs=1, limit_train_batches=2).fit(LitClassifier("cnn_bln", bf16=True), Digits())
+    assert seen == {True: torch.bfloat16, False: torch.float32}
+
+
+def test_whether_bf16_pays_is_asked_of_the_device() -> None:
+    capabilities = torch.cpu.get_capabilities()
+    assert computes_in_bf16(torch.device("cpu")) == bool(
+        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    )
+    assert not computes_in_bf16(torch.device("meta"))
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="optimizer must be 'sgd' or 'adam', got 'lamb'"):
+        LitClassifier("cnn_bln", optimizer="lamb")
+    with pytest.raises(ValueError, match="schedule must be 'triangle' or 'constant', got 'step'"):
+        LitClassifier("cnn_bln", schedule="step")

@@ -1,0 +1,71 @@
+"""Images in memory: standardised, and cropped and flipped at random in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from zoo.data.loader import Draw, generator_for
+
+
+class Images(Dataset[Any]):
+    """Whole batches (images, labels) of 8-bit images.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        labels: (N,), int64.
+        mean: Of each channel (C,) or of each channel and pixel (C, H, W), in units of 1/255 of the full range.
+        std: The deviation, likewise.
+        padding: Pixels of zero padding for a random crop of the images' own size, and a flip half of the time. Default
+            None: images as they are.
+        seed: Of crops and flips, with the epoch and the first image of a batch. Default 0.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, *, padding: int | None = None, seed: int = 0
+    ) -> None:
+        self.images, self.labels, self.padding, self.seed = images, labels, padding, seed
+        shape = mean.shape if mean.ndim == 3 else (-1, 1, 1)
+        self.mean, self.std = mean.reshape(shape), std.reshape(shape)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """These images and labels."""
+        index = torch.tensor([number for _, number in draws])
+        images = self.images[index]
+        if self.padding is not None:
+            epoch, first = draws[0]
+            images = crop_and_flip(images, self.padding, generator_for(self.seed, epoch, first))
+        return images.float().div_(255).sub_(self.mean).div_(self.std), self.labels[index]
+
+
+def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Each image padded with zeros, cropped to its size at a place of its own, and flipped half of the time.
+
+    torchvision's transforms draw one place for a whole batch, and one image at a time is slower than a training step
+    may bear.
+
+    Args:
+        images: (N, C, H, W).
+        padding: Pixels on each side.
+        generator: Decides places and flips.
+
+    Returns:
+        (N, C, H, W).
+    """
+    n, _, h, w = images.shape
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, n, 1), generator=generator)
+    rows = top + torch.arange(h)
+    columns = left + torch.arange(w)
+    flipped = torch.rand(n, generator=generator) < 0.5
+    columns[flipped] = columns[flipped].flip(1)
+    batch = torch.arange(n)[:, None, None]
+    # Advanced indices around a slice: the result is (N, H, W, C).
+    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,0 +1,159 @@
+"""Train and test the zoo's models with Lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import Accuracy
+
+from zoo._registry import create_model
+from zoo.data.loader import generator_for
+
+Batch = tuple[Tensor, ...]
+
+
+class LitClassifier(pl.LightningModule):
+    """A model of the zoo, trained on batches of (inputs..., labels) and tested by its accuracy.
+
+    SGD with Nesterov's momentum or Adam; the rate rises linearly to ``lr`` and falls linearly to zero (or stays, with
+    ``schedule="constant"``). Biases and the weights of norms are not decayed. Cross-entropy, or binary cross-entropy
+    where the model has one output. Random numbers of each training step depend on the seed of the process
+    (``seed_everything``), the epoch and the batch only, so that a run that was resumed equals one that was not.
+
+    Logs train_loss, and of validation and test the loss and the accuracy (0 to 1).
+
+    Args:
+        model: One of ``zoo.list_models()``.
+        weights: A tag of ``zoo.get_weights(model)`` to start from, such as "cifar10". Default None: a fresh start.
+        num_classes: Default 10.
+        optimizer: "sgd" (default) or "adam".
+        lr: The highest learning rate. Default 0.1.
+        momentum: Of SGD. Default 0.9.
+        weight_decay: Default 0: none.
+        schedule: "triangle" (default) or "constant".
+        warmup: The share of steps in which the rate rises. Default 0.2.
+        bf16: Train under bfloat16 autocast: True, False or "auto" (default), on GPUs and CPUs that compute in it.
+            Validation and test are always in float32.
+        channels_last: Keep image models in this memory format. Default True.
+        model_kwargs: More arguments of the model.
+
+    Example:
+        >>> module = LitClassifier("resnet20_bln", lr=0.2)
+    """
+
+    def __init__(
+        self,
+        model: str,
+        weights: str | None = None,
+        num_classes: int = 10,
+        optimizer: str = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        schedule: str = "triangle",
+        warmup: float = 0.2,
+        bf16: bool | str = "auto",
+        channels_last: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if optimizer not in ("sgd", "adam"):
+            raise ValueError(f"optimizer must be 'sgd' or 'adam', got {optimizer!r}.")
+        if schedule not in ("triangle", "constant"):
+            raise ValueError(f"schedule must be 'triangle' or 'constant', got {schedule!r}.")
+        self.save_hyperparameters(ignore="weights")
+        self.seed = torch.initial_seed()
+        arguments = {} if weights is None else {"weights": weights}
+        self.model = create_model(model, num_classes=num_classes, **arguments, **(model_kwargs or {}))
+        if channels_last and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
+            self.model.to(memory_format=torch.channels_last)
+        task: Any = "binary" if num_classes == 1 else "multiclass"
+        self.metrics = nn.ModuleDict({stage: Accuracy(task, num_classes=num_classes) for stage in ("val", "test")})
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The model's outputs."""
+        if self.hparams["channels_last"] and inputs[0].ndim == 4:
+            inputs = (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
+        return self.model(*inputs)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout of this step: neither what came before nor a break between two steps may change it."""
+        numbers = (self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(generator_for(self.seed, *numbers).initial_seed())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of a batch."""
+        *inputs, labels = batch
+        bf16 = self.hparams["bf16"]
+        enabled = computes_in_bf16(self.device) if bf16 == "auto" else bool(bf16)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+            outputs = self(*inputs)
+        loss = self.loss(outputs.float(), labels)
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        *inputs, labels = batch
+        outputs = self(*inputs)
+        accuracy: Any = self.metrics[stage]
+        accuracy(outputs.squeeze(1) if outputs.shape[1] == 1 else outputs, labels)
+        self.log(f"{stage}_loss", self.loss(outputs, labels), batch_size=len(labels), prog_bar=True, sync_dist=True)
+        self.log(f"{stage}_accuracy", accuracy, batch_size=len(labels), prog_bar=True)
+
+    @staticmethod
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, averaged over the samples."""
+        if outputs.shape[1] == 1:
+            return F.binary_cross_entropy_with_logits(outputs.squeeze(1), labels.to(outputs.dtype))
+        return F.cross_entropy(outputs, labels)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Two groups of parameters, one of which decays."""
+        hparams = self.hparams
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": hparams["weight_decay"]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer: torch.optim.Optimizer
+        if hparams["optimizer"] == "sgd":
+            momentum = hparams["momentum"]
+            optimizer = torch.optim.SGD(groups, lr=hparams["lr"], momentum=momentum, nesterov=momentum > 0)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=hparams["lr"])
+        if hparams["schedule"] == "constant":
+            return optimizer
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=hparams["lr"],
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            pct_start=hparams["warmup"],
+            anneal_strategy="linear",
+            cycle_momentum=False,
+            div_factor=10,
+            final_div_factor=1e4,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 there; on older CPUs it is emulated, and slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
