@@ -19,6 +19,7 @@ help:
 	@echo 'make check     formatting, lint and types, changing nothing'
 	@echo 'make format    format the code and fix what lint can fix'
 	@echo 'make bench     run the benchmarks; ARGS goes to benchmarks.run'
+	@echo 'make zoo-table cards of the trained weights, and their table in README.md'
 	@echo 'make build     build the wheel into dist/'
 	@echo 'make clean     remove caches and build products; .venv stays'
 	@echo 'PYTHON=python3.12 chooses the interpreter of a new .venv (now: $(PYTHON)).'
@@ -45,6 +46,9 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
+zoo-table: $(VENV)/.installed-dev
+	$(BIN)/python -m zoo.cards
+
 build: $(VENV)/.installed-dev
 	$(BIN)/python -m build --wheel
 
@@ -70,4 +74,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
 	$(PIP) install -e '.[dev]'
 	@touch $@
 
-.PHONY: help .venv install demo test check format bench build clean
+.PHONY: help .venv install demo test check format bench zoo-table build clean

@@ -203,11 +203,12 @@ def search_flags(model: nn.Module, batches: Any) -> dict[str, Any]:
         batches: (inputs..., labels).
 
     Returns:
-        "chosen": the default flags unless the best ones differ from them by more than chance, see `ScoreTable.tied`;
-        "best"; "tied" with the best; "losses" of all 16.
+        "chosen": the default flags unless the best ones differ from them by more than chance, see
+        `ScoreTable.compared`; "best"; "tied" with the best; "losses" of all 16.
     """
     table = score_flags(model, batches, LitClassifier.loss, progress=False)
-    tied = [score.code for score in table if table.tied(score)]
+    # One batch alone gives no interval: then nothing is known to be worse.
+    tied = [score.code for score in table if not table.compared(score)[1] > 0]
     default = StatFlags().code
     return {
         "chosen": default if default in tied else table.best.code,

@@ -75,7 +75,7 @@ def test_it_learns_and_logs(tmp_path: Path) -> None:
     assert {"train_loss", "val_loss", "val_accuracy"} <= set(run.callback_metrics)
     (tested,) = run.test(model, Digits(), verbose=False)
     assert tested["test_accuracy"] > 0.9
-    data = Digits()
+    data = Digits(eval_batch_size=300)
     data.setup("test")
     images, labels = next(iter(data.test_dataloader()))
     with torch.no_grad():

@@ -243,8 +243,8 @@ def test_flags_are_the_default_unless_others_are_better_on_validation_data(
     )
 
     class Apart(ScoreTable):
-        def tied(self, score: CellScore) -> bool:
-            return score is self.best
+        def compared(self, score: CellScore) -> tuple[float, float, float]:
+            return (0.0, 0.0, 0.0) if score is self.best else (1.0, 0.5, 1.5)
 
     def best_is_another(*args: Any, **kwargs: Any) -> ScoreTable:
         table = score_flags(*args, **kwargs)

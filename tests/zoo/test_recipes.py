@@ -34,7 +34,7 @@ QUIET = (
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
-    "--trainer.logger=false",
+    "--trainer.logger.init_args.save_dir=log",
 )
 
 
@@ -91,7 +91,7 @@ def test_two_epochs_twice_are_the_same_bit_for_bit(
         ended = run(*fit_arguments(path, data, tmp_path / folder))
         assert ended.code == 0, ended.err
     assert_same(final(tmp_path / "one"), final(tmp_path / "other"))
-    assert {file.name for file in tmp_path.iterdir()} <= {"one", "other"}
+    assert {file.name for file in tmp_path.iterdir()} == {"log", "one", "other"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

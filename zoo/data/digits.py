@@ -23,7 +23,7 @@ class Digits(InMemoryDataModule):
     Args:
         form: "images" (default) or "sequences".
         batch_size: Of training. Default 32; a smaller last batch is left out.
-        eval_batch_size: Of validation and test. Default 300.
+        eval_batch_size: Of validation and test. Default 50.
         num_workers: Processes that make batches. Default 0: the images are in memory.
 
     Source: scikit-learn's ``load_digits``; Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", 1998.
@@ -32,7 +32,7 @@ class Digits(InMemoryDataModule):
     num_classes = 10
 
     def __init__(
-        self, form: str = "images", batch_size: int = 32, eval_batch_size: int = 300, num_workers: int = 0
+        self, form: str = "images", batch_size: int = 32, eval_batch_size: int = 50, num_workers: int = 0
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers)
         if form not in ("images", "sequences"):

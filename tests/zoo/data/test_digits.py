@@ -9,7 +9,7 @@ from zoo.data import Digits
 
 
 def test_images_and_sequences_are_the_same_pixels() -> None:
-    images, sequences = Digits(), Digits("sequences")
+    images, sequences = Digits(eval_batch_size=300), Digits("sequences", eval_batch_size=300)
     images.setup("fit")
     sequences.setup("fit")
     assert [len(part) for part in (images.train, images.val, images.test)] == [1197, 300, 300]

@@ -1,0 +1,100 @@
+"""Cards and README's table say what the weights' metadata says."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zoo
+from tests.cli_runs import ROOT
+from tests.zoo.example_weights import metadata
+from zoo import cards
+from zoo._weights import Weights
+
+
+def weights(name: str, **changes: Any) -> Weights:
+    arch, _, tag = name.partition(".")
+    return Weights(name, arch, tag, Path(f"{name}.safetensors"), metadata(name, **changes))
+
+
+def measured(accuracy: float) -> dict[str, float]:
+    return {"test_accuracy": accuracy, "test_loss": 0.25, "val_accuracy": 0.5, "val_loss": 1.5}
+
+
+def test_cards_and_table_in_the_repository_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cards.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_every_card_and_recipe_is_of_weights_that_are_there() -> None:
+    names = zoo.list_models(pretrained=True)
+    assert {path.stem for path in cards.CARDS.glob("*.md")} == set(names)
+    for name in names:
+        data = zoo.get_weights(name).metadata
+        assert data["recipe"] == f"zoo/recipes/{name}.yaml"
+        assert (ROOT / data["recipe"]).is_file()
+
+
+def test_a_card() -> None:
+    search = {"chosen": "TTFF", "best": "TFFF", "tied": ["TFFF", "TTFF"], "losses": {"TTFF": 0.3, "TFFF": 0.2}}
+    one = weights("gru_bln.imdb", metrics=measured(0.87654), flags="TTFF", flag_search=search)
+    other = weights("gru_ln.imdb", metrics=measured(0.5), flags=None)
+    stranger = weights("gru_recurrent_bln.imdb", metrics=measured(0.25), flags="TTFF")
+    text = cards.card(one, [one, other, stranger])
+    assert text.startswith("# gru_bln.imdb\n")
+    assert "**87.65 % test accuracy** (loss 0.2500; validation 50.00 %, 1.5000)" in text
+    assert "TTFF at inference: the default, which is among 2 of 16 that cannot be told apart from the best" in text
+    assert text.index("| TFFF | 0.2000 | yes |") < text.index("| TTFF | 0.3000 | yes |")
+    assert "| gru_ln.imdb | Layer Normalization | 50.00 % | 0.2500 |" in text
+    assert "gru_recurrent" not in text
+    assert "flags" not in cards.card(other, [other])
+
+
+def test_flags_that_are_better_by_more_than_chance() -> None:
+    search = {"chosen": "FFFF", "best": "FFFF", "tied": ["FFFF"], "losses": {"TTFF": 0.3, "FFFF": 0.2}}
+    text = cards.card(weights("cnn_bln.digits", metrics=measured(1), flags="FFFF", flag_search=search), [])
+    assert "FFFF at inference: the best one, by the loss on validation data." in text
+    assert "| TTFF | 0.3000 | no |" in text
+
+
+def test_the_table_has_a_row_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = cards.table([weights("cnn_bln.digits", metrics=measured(0.99), flags="TTFF", data="digits", epochs=3)])
+    row = text.splitlines()[-1]
+    assert row.startswith("| [cnn_bln.digits](zoo/cards/cnn_bln.digits.md) | digits | ")
+    assert row.endswith("| TTFF | 3 | 99.00 % |")
+
+
+def test_stale_cards_are_found_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cards, "CARDS", tmp_path / "cards")
+    monkeypatch.setattr(cards, "README", tmp_path / "README.md")
+    cards.README.write_text(f"before\n{cards.START}\nold\n{cards.END}\nafter\n")
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "gone.x.md").write_text("of weights that are gone")
+    assert cards.main(["--check"]) == 1
+    assert cards.main([]) == 0
+    assert cards.main(["--check"]) == 0
+    assert not (tmp_path / "cards" / "gone.x.md").exists()
+    readme = cards.README.read_text()
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    assert "old" not in readme
+    cards.README.write_text("no place")
+    with pytest.raises(ValueError, match="must have a place for the table"):
+        cards.main([])
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.list_models(pretrained=True) if n.endswith(".digits")])
+def test_the_commands_on_a_card_give_its_accuracy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_bln.cli import lit
+
+    text = (cards.CARDS / f"{name}.md").read_text()
+    (command,) = [part for part in text.split("`") if part.startswith("lightning-bln test")]
+    monkeypatch.chdir(ROOT)
+    quiet = ("--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false")
+    _, subcommand, *arguments = shlex.split(command)
+    ran = lit.BLNCLI(subcommand, [*arguments, *quiet])
+    expected = zoo.get_weights(name).metadata["metrics"]
+    assert float(ran.trainer.callback_metrics["test_accuracy"]) == pytest.approx(expected["test_accuracy"], abs=1e-6)
+    assert float(ran.trainer.callback_metrics["test_loss"]) == pytest.approx(expected["test_loss"], rel=1e-5)

@@ -1,0 +1,197 @@
+"""Cards of the trained weights, and the table of them in README.md, from the weights' own metadata.
+
+python -m zoo.cards            write zoo/cards/*.md and the table
+python -m zoo.cards --check    exit 1 if any of them says something else than the metadata
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo._registry import list_models
+from zoo._weights import Weights, get_weights
+
+CARDS = Path(__file__).parent / "cards"
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- zoo:start -->", "<!-- zoo:end -->"
+
+_NORMS = {
+    "bln": "Batch Layer Normalization",
+    "bn": "Batch Normalization",
+    "ln": "Layer Normalization",
+    "gn": "Group Normalization",
+}
+_SOURCES = {
+    "resnet20": "He, Zhang, Ren, Sun, [Deep Residual Learning for Image Recognition]"
+    "(https://arxiv.org/abs/1512.03385), section 4.2",
+    "cnn": "three convolutions, for demonstrations",
+    "gru": "a GRU with a norm after each layer, as in the [paper](https://arxiv.org/abs/2209.08898)",
+    "gru_recurrent": "norms inside the gates, after Cooijmans et al., [Recurrent Batch Normalization]"
+    "(https://arxiv.org/abs/1603.09025)",
+    "paper_cnn": "the CNN of the [paper](https://arxiv.org/abs/2209.08898), as in its authors' code",
+    "paper_lstm": "the LSTM of the [paper](https://arxiv.org/abs/2209.08898), as in its authors' code",
+}
+_ROOTS = {"cifar10": " --data.root FOLDER", "imdb": " --data.root FOLDER/aclImdb", "digits": ""}
+_LIMITS = {
+    "cifar10": "Trained and tested on 32x32 images of ten classes, stored as JPEG of quality 75, which costs some "
+    "accuracy against the original files. Images of another size must be resized to 32x32 first.",
+    "imdb": "Trained and tested on English film reviews of one site until 2011; of a longer review only the last words "
+    "are read.",
+    "digits": "A demonstration on 1797 images of 8x8 pixels.",
+}
+
+
+def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
+    """The Markdown card of one weights file.
+
+    Args:
+        weights: Whose card.
+        all_weights: All of them, among which the twins are found.
+    """
+    data, name, tag = weights.metadata, weights.name, weights.tag
+    family, norm = split(weights.arch)
+    metrics = data["metrics"]
+    lines = [
+        f"# {name}",
+        "",
+        f"{data['parameters']:,} parameters, {_NORMS[norm]}, trained on {data['data']}: "
+        f"**{percent(metrics['test_accuracy'])} % test accuracy** (loss {metrics['test_loss']:.4f}; validation "
+        f"{percent(metrics['val_accuracy'])} %, {metrics['val_loss']:.4f}); one seed, {data['epochs']} epochs.",
+        "",
+        f"Architecture: {_SOURCES[family]}.",
+        "",
+        "```python",
+        "import zoo",
+        "",
+        f'model = zoo.create_model("{weights.arch}", weights="{tag}").eval()',
+        f'transform = zoo.get_weights("{name}").transforms()',
+        "```",
+        "",
+        "## Training",
+        "",
+        f"- Recipe: [{data['recipe']}](../../{data['recipe']}), seed {data['seed']}, {data['epochs']} epochs, torch "
+        f"{data['torch']}, {data['date']}, commit {data['commit'][:12]}.",
+        f"- Again: `lightning-bln fit --config {data['recipe']}{_ROOTS[tag]} --ckpt_path last`",
+        f"- The test accuracy: `lightning-bln test --config {data['recipe']}{_ROOTS[tag]} --model.weights {tag} "
+        f"--bln false`",
+        f"- Stored as {data['dtype']}; the accuracy is that of the stored numbers, in batches of "
+        f"{data['test_batch_size']}.",
+        *_flags(data),
+        *_twins(weights, all_weights),
+        "",
+        "## Limits",
+        "",
+        _LIMITS[tag],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _flags(data: dict[str, Any]) -> list[str]:
+    if data["flags"] is None:
+        return []
+    lines = ["", "## Statistics flags", "", f"{_flag_text(data['flags'])} at inference."]
+    if search := data.get("flag_search"):
+        tied = search["tied"]
+        reason = "the best one"
+        if search["chosen"] != search["best"]:
+            reason = f"the default, which is among {len(tied)} of 16 that cannot be told apart from the best one"
+        lines[-1] = f"{search['chosen']} at inference: {reason}, by the loss on validation data."
+        rows = sorted(search["losses"].items(), key=lambda item: item[1])
+        lines += ["", "| flags | validation loss | tied with the best |", "|---|--:|---|"]
+        lines += [f"| {code} | {loss:.4f} | {'yes' if code in tied else 'no'} |" for code, loss in rows]
+    return lines
+
+
+def _flag_text(flags: str | dict[str, str]) -> str:
+    return flags if isinstance(flags, str) else ", ".join(f"{layer} {code}" for layer, code in flags.items())
+
+
+def _twins(weights: Weights, all_weights: Sequence[Weights]) -> list[str]:
+    family = split(weights.arch)[0]
+    twins = [other for other in all_weights if (split(other.arch)[0], other.tag) == (family, weights.tag)]
+    if len(twins) < 2:
+        return []
+    lines = ["", "## Beside its twins", "", "The same recipe, seed and number of epochs.", ""]
+    lines += ["| weights | norm | test accuracy | test loss |", "|---|---|--:|--:|"]
+    for twin in twins:
+        metrics = twin.metadata["metrics"]
+        norm = _NORMS[split(twin.arch)[1]]
+        lines.append(f"| {twin.name} | {norm} | {percent(metrics['test_accuracy'])} % | {metrics['test_loss']:.4f} |")
+    return lines
+
+
+def table(all_weights: Sequence[Weights]) -> str:
+    """README's table: a row for each weights file."""
+    lines = [
+        "| weights | data | parameters | flags | epochs | test accuracy |",
+        "|---|---|--:|---|--:|--:|",
+    ]
+    for weights in all_weights:
+        data = weights.metadata
+        flags = "" if data["flags"] is None else _flag_text(data["flags"])
+        lines.append(
+            f"| [{weights.name}](zoo/cards/{weights.name}.md) | {data['data']} | {data['parameters']:,} | {flags} | "
+            f"{data['epochs']} | {percent(data['metrics']['test_accuracy'])} % |"
+        )
+    return "\n".join(lines)
+
+
+def split(arch: str) -> tuple[str, str]:
+    """Family and norm of a model's name."""
+    family, _, norm = arch.rpartition("_")
+    return family, norm
+
+
+def percent(share: float) -> str:
+    """In percent, with two places."""
+    return f"{100 * share:.2f}"
+
+
+def files(readme: str) -> dict[Path, str]:
+    """What all cards and README.md are to say.
+
+    Args:
+        readme: What README.md says now.
+
+    Raises:
+        ValueError: If README.md has no place for the table.
+    """
+    all_weights = [get_weights(name) for name in list_models(pretrained=True)]
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"README.md must have a place for the table, {START} ... {END}, and has none.")
+    written = {CARDS / f"{weights.name}.md": card(weights, all_weights) for weights in all_weights}
+    return written | {README: f"{before}{START}\n{table(all_weights)}\n{END}{after}"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the files, or look whether they are as they would be written.
+
+    Returns:
+        1 if a file is not as it should be, else 0.
+    """
+    parser = argparse.ArgumentParser(prog="python -m zoo.cards", description="Cards of the zoo's weights.")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(arguments).check
+    wanted = files(README.read_text(encoding="utf-8"))
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale += sorted(set(CARDS.glob("*.md")) - set(wanted))
+    for path in stale:
+        if check:
+            sys.stderr.write(f"{path} is not what its weights say; run make zoo-table\n")
+        elif path in wanted:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8", newline="\n")
+        else:
+            path.unlink()  # of weights that are gone
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
