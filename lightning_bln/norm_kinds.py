@@ -38,6 +38,8 @@ def _kinds() -> dict[str, NormKind]:
         f"{torch_norm}.RMSNorm": NormKind("rms", -1),
         f"{torch_norm}.GroupNorm": NormKind("group", 1),
         "torchvision.models.convnext.LayerNorm2d": NormKind("layer", 1),
+        "zoo._norms.ChannelLayerNorm": NormKind("layer", 1),
+        "zoo.gru._StepBatchNorm1d": NormKind("batch", 1),
         f"{timm_norm}.LayerNorm": NormKind("layer", -1),
         f"{timm_norm}.LayerNormFp32": NormKind("layer", -1),
         f"{timm_norm}.LayerNorm2d": NormKind("layer", 1),

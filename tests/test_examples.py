@@ -19,6 +19,8 @@ SHOWN = {
         "TTTT",
         "FFFF",
     ],
+    "features.py": ["64 8x8 pixels", "64 features"],
+    "finetune.py": ["650 parameters trained", "269,722 parameters trained", "test accuracy"],
     "plain_loop.py": ["TTFF", "FFFF"],
     "resume_and_test.py": ["Resumed from last.ckpt", "The best checkpoint", "load_swapped_checkpoint(...)"],
     "tune_training.py": ["2 trials", "COMPLETE", "scored under all 16 flags", "On test images"],

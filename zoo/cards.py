@@ -97,13 +97,16 @@ def _flags(data: dict[str, Any]) -> list[str]:
     lines = ["", "## Statistics flags", "", f"{_flag_text(data['flags'])} at inference."]
     if search := data.get("flag_search"):
         tied = search["tied"]
-        reason = "the best one"
-        if search["chosen"] != search["best"]:
-            reason = f"the default, which is among {len(tied)} of 16 that cannot be told apart from the best one"
-        lines[-1] = f"{search['chosen']} at inference: {reason}, by the loss on validation data."
+        reason = "the best of these"
+        if search["chosen"] != tied[0]:
+            reason = f"the default, one of {len(tied)} that cannot be told apart from the best of these, {tied[0]}"
+        lines[-1] = (
+            f"{search['chosen']} at inference. The four settings whose output for a sample does not depend on the "
+            f"other samples of its batch, TT and any, were searched on validation data: it is {reason}. All 16:"
+        )
         rows = sorted(search["losses"].items(), key=lambda item: item[1])
-        lines += ["", "| flags | validation loss | tied with the best |", "|---|--:|---|"]
-        lines += [f"| {code} | {loss:.4f} | {'yes' if code in tied else 'no'} |" for code, loss in rows]
+        lines += ["", "| flags | validation loss |", "|---|--:|"]
+        lines += [f"| {code} | {loss:.4f} |" for code, loss in rows]
     return lines
 
 

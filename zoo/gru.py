@@ -222,7 +222,7 @@ def _unit_norm(norm: Norm, features: int) -> nn.Module:
         plain.gain = math.sqrt(features)
         return plain
     if isinstance(layer, nn.BatchNorm1d):
-        return _StepBatchNorm(features, affine=False)
+        return _StepBatchNorm1d(features, affine=False)
     if isinstance(layer, nn.LayerNorm):
         return nn.LayerNorm(features, elementwise_affine=False)
     if isinstance(layer, nn.GroupNorm):
@@ -230,7 +230,7 @@ def _unit_norm(norm: Norm, features: int) -> nn.Module:
     return layer
 
 
-class _StepBatchNorm(nn.BatchNorm1d):
+class _StepBatchNorm1d(nn.BatchNorm1d):
     """`nn.BatchNorm1d` that takes the population's statistics for a single row, which has no variance."""
 
     def forward(self, input: Tensor) -> Tensor:

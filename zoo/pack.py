@@ -4,8 +4,8 @@ python -m zoo.pack CHECKPOINT --name resnet20_bln.cifar10 --recipe zoo/recipes/r
     --data-name "CIFAR-10 (JPEG)" --data.root FOLDER
 
 The recipe's data module says on which data loss and accuracy are measured; its arguments can be replaced, as in
-``lightning-bln fit``. The flags are searched on the validation data: the default ones, unless others are better by more
-than chance. The model's parameters are stored in float16 if that does not change the test accuracy.
+``lightning-bln fit``. The flags are searched on the validation data, see `search_flags`. The model's parameters are
+stored in float16 if that does not change the test accuracy.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lightning_bln import StatFlags, set_flags_
 from lightning_bln.surgery import bln_layers
 from lightning_bln.tuning import score_flags
+from lightning_bln.tuning.table import ScoreTable
 from zoo._registry import create_model
 from zoo._weights import FOLDER, GOLDEN, INPUT, SUFFIX, SUMS, check_metadata, checksums, load_tensors_
 from zoo.lit import LitClassifier
@@ -196,23 +197,28 @@ def load_checkpoint_(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def search_flags(model: nn.Module, batches: Any) -> dict[str, Any]:
-    """The flags for a model by their loss on validation data.
+    """The flags for a model by their loss on validation data, batch statistics being the population's.
+
+    With batch statistics of the mini-batch an output would depend on which other samples are in the batch: it would
+    be of no use for one sample, and wrong where a batch is all of one class, as in data sorted by class.
 
     Args:
         model: Trained, with BatchLayerNorm layers.
         batches: (inputs..., labels).
 
     Returns:
-        "chosen": the default flags unless the best ones differ from them by more than chance, see
-        `ScoreTable.compared`; "best"; "tied" with the best; "losses" of all 16.
+        "chosen": of the four settings with batch statistics of the population the default one, unless the best one
+        differs from it by more than chance, see `ScoreTable.compared`; "tied": those of the four that cannot be told
+        apart from their best, best first; "losses" of all 16.
     """
     table = score_flags(model, batches, LitClassifier.loss, progress=False)
+    scores = [score for score in table if score.code.startswith("TT")]
+    candidates = ScoreTable(scores, monitor=table.monitor, mode=table.mode, confidence=table.confidence)
     # One batch alone gives no interval: then nothing is known to be worse.
-    tied = [score.code for score in table if not table.compared(score)[1] > 0]
+    tied = [score.code for score in candidates if not candidates.compared(score)[1] > 0]
     default = StatFlags().code
     return {
-        "chosen": default if default in tied else table.best.code,
-        "best": table.best.code,
+        "chosen": default if default in tied else candidates.best.code,
         "tied": tied,
         "losses": {score.code: score.loss for score in table},
     }

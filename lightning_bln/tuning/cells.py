@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_bln.tuning.space import CHOICES, Setting, setting_code
+from lightning_bln.tuning.space import CHOICES, Setting, params_setting, setting_code
 from lightning_bln.tuning.table import CellScore, ScoreTable
 
 FLAG = CategoricalDistribution(CHOICES)
@@ -99,6 +100,32 @@ def score_of(trial: FrozenTrial, setting: Setting) -> CellScore:
     attrs |= {name: trial.user_attrs[name] for name in attrs if name in trial.user_attrs}
     pruned = trial.state == TrialState.PRUNED
     return CellScore.from_dict({"setting": setting_code(setting), "error": None, "pruned": pruned, **attrs})
+
+
+def scores_by_code(
+    trials: Iterable[FrozenTrial], layers: Sequence[str] | None, monitor: str
+) -> dict[str, tuple[FrozenTrial, CellScore]]:
+    """Of each setting one trial and its score: the first, but rather one with all there is to know.
+
+    Args:
+        trials: COMPLETE ones, by number. Those whose parameters are no setting are left out.
+        layers: The layers' names, None where all layers share one setting.
+        monitor: "loss" or the name of a metric: what a trial that ``optuna tell`` was told has nothing but.
+    """
+    found: dict[str, tuple[FrozenTrial, CellScore]] = {}
+    for trial in trials:
+        setting = params_setting(trial.params, layers)
+        if setting is None:
+            continue
+        score = score_of(trial, setting)
+        value = math.nan if trial.value is None else float(trial.value)
+        if monitor == "loss" and math.isnan(score.loss):
+            score = replace(score, loss=value)
+        elif monitor != "loss" and monitor not in score.metrics:
+            score = replace(score, metrics={**score.metrics, monitor: value})
+        if score.code not in found or (score.units and not found[score.code][1].units):
+            found[score.code] = trial, score
+    return found
 
 
 def score_attrs(score: CellScore) -> dict[str, Any]:

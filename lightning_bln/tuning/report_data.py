@@ -108,21 +108,20 @@ class StudyData:
 
     def setting(self, trial: FrozenTrial) -> Setting | None:
         """The setting that a trial's parameters are, or None."""
-        return params_setting(trial.params, self.layers if self.kind == "per_layer" else None)
+        return params_setting(trial.params, self._layers)
+
+    @property
+    def _layers(self) -> list[str] | None:
+        return self.layers if self.kind == "per_layer" else None
 
     def _table(self) -> ScoreTable:
-        scores: dict[str, CellScore] = {}
-        for trial in self.complete:
-            setting = self.setting(trial)
-            if setting is None:
-                self.foreign += 1
-                continue
-            score = _score(trial, setting, self.monitor)
-            self.repeated += score.code in scores
-            # As `load_scores`: the first of several, but rather one with all there is to know.
-            if score.code not in scores or (score.units and not scores[score.code].units):
-                scores[score.code] = score
-                self.numbers[score.code] = trial.number
+        from lightning_bln.tuning.cells import scores_by_code
+
+        found = scores_by_code(self.complete, self._layers, self.monitor)
+        self.foreign = sum(self.setting(trial) is None for trial in self.complete)
+        self.repeated = len(self.complete) - self.foreign - len(found)
+        self.numbers = {code: trial.number for code, (trial, _) in found.items()}
+        scores = {code: score for code, (_, score) in found.items()}
 
         def table() -> ScoreTable:
             values = list(scores.values())
@@ -301,18 +300,6 @@ def _averaged(many: Sequence[Units]) -> list[tuple[int, float]]:
 
 def _sizes(units: Units) -> tuple[int, ...]:
     return tuple(n for n, _ in units)
-
-
-def _score(trial: FrozenTrial, setting: Setting, monitor: str) -> CellScore:
-    from lightning_bln.tuning.cells import score_of
-
-    score = score_of(trial, setting)
-    # One told by hand has nothing but its value.
-    if monitor == "loss" and math.isnan(score.loss):
-        return replace(score, loss=_value(trial))
-    if monitor != "loss" and monitor not in score.metrics:
-        return replace(score, metrics={**score.metrics, monitor: _value(trial)})
-    return score
 
 
 def _value(trial: FrozenTrial) -> float:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,13 +25,13 @@ from lightning_bln.tuning.about import (
     fingerprint,
     open_study,
 )
-from lightning_bln.tuning.cells import Score, score_of, value_of
+from lightning_bln.tuning.cells import Score, scores_by_code, value_of
 from lightning_bln.tuning.claims import Claims
 from lightning_bln.tuning.per_layer import search
 from lightning_bln.tuning.scoring import OnBatch, score_flags
-from lightning_bln.tuning.space import Setting, by_layer, params_setting
+from lightning_bln.tuning.space import Setting, by_layer
 from lightning_bln.tuning.storage import StorageLike, open_storage
-from lightning_bln.tuning.table import CellScore, ScoreTable, check_choices
+from lightning_bln.tuning.table import ScoreTable, check_choices
 
 log = logging.getLogger(__name__)
 
@@ -250,20 +249,9 @@ def load_scores(study: optuna.Study) -> ScoreTable:
     layers = about["layers"] if about.get("kind") == "per_layer" else None
     monitor = about.get("monitor", "loss")
     mode = about.get("mode", "min" if study.direction == StudyDirection.MINIMIZE else "max")
-    scores: dict[str, CellScore] = {}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        setting = params_setting(trial.params, layers)
-        if setting is None or trial.value is None:
-            continue
-        score = score_of(trial, setting)
-        if monitor == "loss" and math.isnan(score.loss):
-            score = replace(score, loss=trial.value)
-        elif monitor != "loss" and monitor not in score.metrics:
-            score = replace(score, metrics={**score.metrics, monitor: trial.value})
-        # Of several trials of a setting the first, but rather one with all there is to know.
-        if score.code not in scores or (score.units and not scores[score.code].units):
-            scores[score.code] = score
-    return ScoreTable(list(scores.values()), monitor=monitor, mode=mode, confidence=about.get("confidence", CONFIDENCE))
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    scores = [score for _, score in scores_by_code(trials, layers, monitor).values()]
+    return ScoreTable(scores, monitor=monitor, mode=mode, confidence=about.get("confidence", CONFIDENCE))
 
 
 # ------------------------------------------------------------------------- helpers

@@ -38,25 +38,26 @@ def test_every_card_and_recipe_is_of_weights_that_are_there() -> None:
 
 
 def test_a_card() -> None:
-    search = {"chosen": "TTFF", "best": "TFFF", "tied": ["TFFF", "TTFF"], "losses": {"TTFF": 0.3, "TFFF": 0.2}}
+    search = {"chosen": "TTFF", "tied": ["TTTF", "TTFF"], "losses": {"TTFF": 0.3, "TFFF": 0.1, "TTTF": 0.2}}
     one = weights("gru_bln.imdb", metrics=measured(0.87654), flags="TTFF", flag_search=search)
     other = weights("gru_ln.imdb", metrics=measured(0.5), flags=None)
     stranger = weights("gru_recurrent_bln.imdb", metrics=measured(0.25), flags="TTFF")
     text = cards.card(one, [one, other, stranger])
     assert text.startswith("# gru_bln.imdb\n")
     assert "**87.65 % test accuracy** (loss 0.2500; validation 50.00 %, 1.5000)" in text
-    assert "TTFF at inference: the default, which is among 2 of 16 that cannot be told apart from the best" in text
-    assert text.index("| TFFF | 0.2000 | yes |") < text.index("| TTFF | 0.3000 | yes |")
+    assert "TTFF at inference. " in text
+    assert "it is the default, one of 2 that cannot be told apart from the best of these, TTTF. All 16:" in text
+    assert text.index("| TFFF | 0.1000 |") < text.index("| TTFF | 0.3000 |")
     assert "| gru_ln.imdb | Layer Normalization | 50.00 % | 0.2500 |" in text
     assert "gru_recurrent" not in text
     assert "flags" not in cards.card(other, [other])
 
 
 def test_flags_that_are_better_by_more_than_chance() -> None:
-    search = {"chosen": "FFFF", "best": "FFFF", "tied": ["FFFF"], "losses": {"TTFF": 0.3, "FFFF": 0.2}}
-    text = cards.card(weights("cnn_bln.digits", metrics=measured(1), flags="FFFF", flag_search=search), [])
-    assert "FFFF at inference: the best one, by the loss on validation data." in text
-    assert "| TTFF | 0.3000 | no |" in text
+    search = {"chosen": "TTTT", "tied": ["TTTT"], "losses": {"TTFF": 0.3, "TTTT": 0.2}}
+    text = cards.card(weights("cnn_bln.digits", metrics=measured(1), flags="TTTT", flag_search=search), [])
+    assert "TTTT at inference. " in text
+    assert "it is the best of these. All 16:" in text
 
 
 def test_the_table_has_a_row_for_each(monkeypatch: pytest.MonkeyPatch) -> None:

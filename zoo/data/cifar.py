@@ -16,7 +16,11 @@ from zoo.data.loader import generator_for
 from zoo.data.module import InMemoryDataModule
 
 SPLIT_SEED = 0
-"""Which images are held out: always the same, whatever the seed of a run."""
+"""Which images are held out, and the order of the test images: always the same, whatever the seed of a run.
+
+The order is a random one: sorted by class, as folders are, whole batches would be of one class, and statistics of the
+mini-batch those of that class.
+"""
 
 
 class _CIFAR(InMemoryDataModule):
@@ -69,7 +73,9 @@ class _CIFAR(InMemoryDataModule):
         padding = 4 if self.augment else None
         self.train = Images(images[kept], labels[kept], self.mean, self.std, padding=padding, seed=self.seed)
         self.val = Images(images[held_out], labels[held_out], self.mean, self.std)
-        self.test = Images(*self._read(train=False), self.mean, self.std)
+        images, labels = self._read(train=False)
+        order = torch.randperm(len(images), generator=generator_for(SPLIT_SEED))
+        self.test = Images(images[order], labels[order], self.mean, self.std)
 
     def input_metadata(self) -> dict[str, Any]:
         """What a model that was trained on these batches takes, for its weights file."""

@@ -16,7 +16,11 @@ from zoo.data.module import InMemoryDataModule
 from zoo.text import Tokenizer, pad
 
 SPLIT_SEED = 0
-"""Which reviews are held out: always the same, whatever the seed of a run."""
+"""Which reviews are held out, and the order of the test reviews: always the same, whatever the seed of a run.
+
+The order is a random one: sorted by label, as folders are, whole batches would be of one class, and statistics of the
+mini-batch those of that class.
+"""
 
 
 class Reviews(Dataset[Any]):
@@ -95,7 +99,9 @@ class IMDb(InMemoryDataModule):
         self.tokenizer = Tokenizer.from_texts(train_texts, self.vocabulary_size, self.max_tokens)
         self.train = self._dataset(train_texts, labels[kept])
         self.val = self._dataset([texts[number] for number in held_out], labels[held_out])
-        self.test = self._dataset(*self._read("test"))
+        texts, labels = self._read("test")
+        order = torch.randperm(len(texts), generator=generator_for(SPLIT_SEED)).tolist()
+        self.test = self._dataset([texts[number] for number in order], labels[order])
 
     def input_metadata(self) -> dict[str, Any]:
         """What a model that was trained on these batches takes, for its weights file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,11 @@ def test_parts_and_statistics(tree: Path) -> None:
     torch.testing.assert_close(data.std.double(), pixels.std((0, 2, 3), correction=0), atol=1e-6, rtol=0)
     x, y = next(iter(data.test_dataloader()))
     assert x.shape == (4, 3, 32, 32)
-    assert y.tolist() == [0, 0, 1, 1]
-    image = np.asarray(Image.open(tree / "test" / "bird" / "0001.png"))
-    expected = (torch.tensor(image).permute(2, 0, 1) / 255 - data.mean[:, None, None]) / data.std[:, None, None]
-    torch.testing.assert_close(x[1], expected)
+    for number, label in itertools.product((0, 1), (0, 1)):
+        image = np.array(Image.open(tree / "test" / ("bird", "cat")[label] / f"{number:04}.png"))
+        expected = (torch.tensor(image).permute(2, 0, 1) / 255 - data.mean[:, None, None]) / data.std[:, None, None]
+        (place,) = [i for i in range(4) if torch.allclose(x[i], expected, atol=1e-5)]
+        assert y[place] == label
     assert len(data.train_dataloader()) == 2
     assert data.input_metadata() == {"kind": "image", "size": [3, 32, 32]}
 
@@ -53,6 +55,14 @@ def test_nothing_held_out_is_trained_on_whatever_the_seed(tree: Path) -> None:
         assert not set(kept) & set(held_out)
         splits.append(held_out)
     assert splits[0] == splits[1]
+
+
+def test_test_images_are_not_sorted_by_class(tmp_path: Path) -> None:
+    data = module(cifar_tree(tmp_path, test=20))
+    labels = data.test.labels.tolist()
+    assert sorted(labels) == [0] * 20 + [1] * 20
+    assert 5 < sum(labels[:20]) < 15
+    assert module(tmp_path).test.labels.tolist() == labels
 
 
 def test_standardised_by_pixel(tree: Path) -> None:
