@@ -21,7 +21,14 @@ class ChannelLayerNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def norm_layer(norm: Norm, channels: int, *, rows: bool = False, batch_size: int | None = None) -> nn.Module:
+def norm_layer(
+    norm: Norm,
+    channels: int,
+    *,
+    rows: bool = False,
+    batch_size: int | None = None,
+    statistics: str = "per_position",
+) -> nn.Module:
     """A normalization layer for ``channels`` channels.
 
     "bln" starts with weight sqrt(C), which cancels the layer's 1/sqrt(C), so that its output has the scale of the
@@ -32,6 +39,7 @@ def norm_layer(norm: Norm, channels: int, *, rows: bool = False, batch_size: int
         channels: C.
         rows: For (N, C) instead of (N, C, H, W). Default False.
         batch_size: B of BLN's weights where rows are not samples. Default None: the number of samples.
+        statistics: Of BLN. Default "per_position".
 
     Returns:
         The layer.
@@ -42,7 +50,7 @@ def norm_layer(norm: Norm, channels: int, *, rows: bool = False, batch_size: int
     if callable(norm):
         return norm(channels)
     if norm == "bln":
-        layer = BatchLayerNorm(channels, eps=1e-5, batch_size=batch_size)
+        layer = BatchLayerNorm(channels, eps=1e-5, batch_size=batch_size, statistics=statistics)
         nn.init.constant_(layer.get_parameter("weight"), math.sqrt(channels))
         return layer
     if norm == "bn":

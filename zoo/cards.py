@@ -54,6 +54,7 @@ def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
     """
     data, name, tag = weights.metadata, weights.name, weights.tag
     family, norm = split(weights.arch)
+    root = _ROOTS[dataset(tag)]
     metrics = data["metrics"]
     lines = [
         f"# {name}",
@@ -75,9 +76,8 @@ def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
         "",
         f"- Recipe: [{data['recipe']}](../../{data['recipe']}), seed {data['seed']}, {data['epochs']} epochs, torch "
         f"{data['torch']}, {data['date']}, commit {data['commit'][:12]}.",
-        f"- Again: `lightning-bln fit --config {data['recipe']}{_ROOTS[tag]} --ckpt_path last`",
-        f"- The test accuracy: `lightning-bln test --config {data['recipe']}{_ROOTS[tag]} --model.weights {tag} "
-        f"--bln false`",
+        f"- Again: `lightning-bln fit --config {data['recipe']}{root} --ckpt_path last`",
+        f"- The test accuracy: `lightning-bln test --config {data['recipe']}{root} --model.weights {tag} --bln false`",
         f"- Stored as {data['dtype']}; the accuracy is that of the stored numbers, in batches of "
         f"{data['test_batch_size']}.",
         *_flags(data),
@@ -85,7 +85,7 @@ def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
         "",
         "## Limits",
         "",
-        _LIMITS[tag],
+        _LIMITS[dataset(tag)],
         "",
     ]
     return "\n".join(lines)
@@ -116,7 +116,9 @@ def _flag_text(flags: str | dict[str, str]) -> str:
 
 def _twins(weights: Weights, all_weights: Sequence[Weights]) -> list[str]:
     family = split(weights.arch)[0]
-    twins = [other for other in all_weights if (split(other.arch)[0], other.tag) == (family, weights.tag)]
+    twins = [
+        other for other in all_weights if (split(other.arch)[0], dataset(other.tag)) == (family, dataset(weights.tag))
+    ]
     if len(twins) < 2:
         return []
     lines = ["", "## Beside its twins", "", "The same recipe, seed and number of epochs.", ""]
@@ -148,6 +150,11 @@ def split(arch: str) -> tuple[str, str]:
     """Family and norm of a model's name."""
     family, _, norm = arch.rpartition("_")
     return family, norm
+
+
+def dataset(tag: str) -> str:
+    """The data set of a tag, such as "cifar10" of "cifar10_per_channel"."""
+    return tag.partition("_")[0]
 
 
 def percent(share: float) -> str:

@@ -5,6 +5,7 @@ Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 201
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -21,12 +22,12 @@ __all__ = ["CifarResNet", "resnet20", "resnet32", "resnet44", "resnet56"]
 class _Block(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters (option A: subsampled, padded with zero channels)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = norm_layer(norm, outputs)
+        self.norm1 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = norm_layer(norm, outputs)
+        self.norm2 = norm(outputs)
         self.stride, self.added = stride, outputs - inputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,26 +49,35 @@ class CifarResNet(nn.Module):
         norm: "bln", "bn", "ln", "gn", or a callable that takes the number of channels. Default "bln".
         num_classes: Default 10; 0 for features (N, 64).
         in_channels: Default 3.
+        statistics: Of BLN: "per_position" (default, the paper), for one image size; "per_channel", for any.
 
     Raises:
-        ValueError: If ``depth`` is not 6n + 2, or ``norm`` is not known.
+        ValueError: If ``depth`` is not 6n + 2, or ``norm`` or ``statistics`` is not known.
     """
 
     classifier: ClassVar[str] = "fc"
 
-    def __init__(self, depth: int, norm: Norm = "bln", num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        depth: int,
+        norm: Norm = "bln",
+        num_classes: int = 10,
+        in_channels: int = 3,
+        statistics: str = "per_position",
+    ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6n + 2, such as 20, 32, 44 or 56, got {depth!r}.")
         self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
-        self.norm1 = norm_layer(norm, 16)
+        layer = partial(norm_layer, norm, statistics=statistics)
+        self.norm1 = layer(16)
         blocks = (depth - 2) // 6
         self.stages = nn.Sequential()
         channels = 16
         for width, stride in ((16, 1), (32, 2), (64, 2)):
             stage = nn.Sequential()
             for index in range(blocks):
-                stage.append(_Block(channels, width, stride if index == 0 else 1, norm))
+                stage.append(_Block(channels, width, stride if index == 0 else 1, layer))
                 channels = width
             self.stages.append(stage)
         self.fc: nn.Module = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
@@ -82,24 +92,32 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def resnet20(norm: Norm = "bln", num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+def resnet20(
+    norm: Norm = "bln", num_classes: int = 10, in_channels: int = 3, statistics: str = "per_position"
+) -> CifarResNet:
     """`CifarResNet` of 20 layers, 0.27 million parameters."""
-    return CifarResNet(20, norm, num_classes, in_channels)
+    return CifarResNet(20, norm, num_classes, in_channels, statistics)
 
 
-def resnet32(norm: Norm = "bln", num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+def resnet32(
+    norm: Norm = "bln", num_classes: int = 10, in_channels: int = 3, statistics: str = "per_position"
+) -> CifarResNet:
     """`CifarResNet` of 32 layers, 0.46 million parameters."""
-    return CifarResNet(32, norm, num_classes, in_channels)
+    return CifarResNet(32, norm, num_classes, in_channels, statistics)
 
 
-def resnet44(norm: Norm = "bln", num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+def resnet44(
+    norm: Norm = "bln", num_classes: int = 10, in_channels: int = 3, statistics: str = "per_position"
+) -> CifarResNet:
     """`CifarResNet` of 44 layers, 0.66 million parameters."""
-    return CifarResNet(44, norm, num_classes, in_channels)
+    return CifarResNet(44, norm, num_classes, in_channels, statistics)
 
 
-def resnet56(norm: Norm = "bln", num_classes: int = 10, in_channels: int = 3) -> CifarResNet:
+def resnet56(
+    norm: Norm = "bln", num_classes: int = 10, in_channels: int = 3, statistics: str = "per_position"
+) -> CifarResNet:
     """`CifarResNet` of 56 layers, 0.85 million parameters."""
-    return CifarResNet(56, norm, num_classes, in_channels)
+    return CifarResNet(56, norm, num_classes, in_channels, statistics)
 
 
 for _builder in (resnet20, resnet32, resnet44, resnet56):

@@ -40,6 +40,13 @@ def test_a_norm_of_ones_own() -> None:
     assert model.norm1.statistics == "per_channel"
 
 
+def test_statistics_per_channel_take_any_size() -> None:
+    model = zoo.create_model("resnet20_bln", statistics="per_channel")
+    model(torch.randn(4, 3, 16, 16))
+    assert model.norm1.running_batch_mean.shape == (16,)
+    assert model.eval()(torch.randn(2, 3, 24, 40)).shape == (2, 10)
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="norm must be one of 'bln'"):
         zoo.resnet.resnet20(norm="batch")
