@@ -45,8 +45,10 @@ def norm_layer(
         The layer.
 
     Raises:
-        ValueError: If the name is not known.
+        ValueError: If a name is not known.
     """
+    if statistics not in ("per_position", "per_channel"):
+        raise ValueError(f"statistics must be 'per_position' or 'per_channel', got {statistics!r}.")
     if callable(norm):
         return norm(channels)
     if norm == "bln":

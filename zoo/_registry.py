@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_bln import set_flags_
-from zoo._weights import did_you_mean, get_weights, load_tensors_, weights_names
+from zoo._weights import Weights, did_you_mean, get_weights, load_tensors_, weights_names
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -52,7 +52,7 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
     ]
 
 
-def create_model(name: str, *, weights: str | None = None, **kwargs: Any) -> nn.Module:
+def create_model(name: str, *, weights: str | Weights | None = None, **kwargs: Any) -> nn.Module:
     """A new model, with random weights or trained ones.
 
     With trained ones it is made with the arguments that it was trained with, except for ``kwargs``, and its
@@ -61,13 +61,15 @@ def create_model(name: str, *, weights: str | None = None, **kwargs: Any) -> nn.
 
     Args:
         name: One of `list_models`, or ``arch.tag``, which is ``create_model(arch, weights=tag)``.
-        weights: A tag of the model's weights, such as "cifar10". Default None: random weights.
+        weights: A tag of the model's weights, such as "cifar10", or what `get_weights` returns. Default None: random
+            weights.
         kwargs: Of the model's builder, such as ``num_classes``.
 
     Returns:
         The model, in train mode, whether trained or not; call ``.eval()`` to use it.
 
     Raises:
+        TypeError: For ``pretrained=``, and arguments that the model does not take.
         ValueError: If there is no such model or no such weights, if their file is damaged, or if ``kwargs`` make a
             model that they do not fit.
 
@@ -75,10 +77,17 @@ def create_model(name: str, *, weights: str | None = None, **kwargs: Any) -> nn.
         >>> model = create_model("resnet20_bln", num_classes=10)
         >>> model = create_model("resnet20_bln", weights="cifar10")  # doctest: +SKIP
     """
-    arch, _, tag = name.partition(".")
-    if arch not in _BUILDERS:
-        hint = did_you_mean(arch, _BUILDERS) or "zoo.list_models() shows all."
-        raise ValueError(f"The zoo has no model named {arch!r}; {hint.strip()}")
+    if isinstance(weights, Weights):
+        weights = weights.name.removeprefix(f"{name}.")
+    if "pretrained" in kwargs:
+        raise TypeError(
+            f"Trained weights are chosen by their tag, got pretrained={kwargs['pretrained']!r}; call "
+            f"zoo.create_model({name!r}, weights='cifar10'), say: zoo.list_models(pretrained=True) shows all."
+        )
+    arch, dot, tag = name.partition(".")
+    if arch not in _BUILDERS or (dot and not tag):
+        hint = did_you_mean(name, _BUILDERS) or "zoo.list_models() shows all."
+        raise ValueError(f"The zoo has no model named {name!r}; {hint.strip()}")
     if tag and weights not in (None, tag):
         raise ValueError(
             f"The tag in the name and weights must agree, got {name!r} and weights={weights!r}; call "

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from lightning_bln.surgery import bln_layers
 from zoo.text import PADDING, Tokenizer
 
 FOLDER = Path(__file__).parent / "weights"
@@ -38,6 +39,7 @@ _METADATA: dict[str, tuple[type, ...]] = {
     "epochs": (int,),
     "flags": (str, dict, type(None)),
     "metrics": (dict,),
+    "classes": (list,),
     "test_batch_size": (int,),
     "parameters": (int,),
     "dtype": (str,),
@@ -63,8 +65,8 @@ class Weights:
         tag: What they were trained on.
         path: The safetensors file.
         metadata: "arguments" of the model, "data", "recipe", "seed", "epochs", "flags" of its BatchLayerNorm layers,
-            "metrics" (accuracies from 0 to 1), "test_batch_size", "parameters", "dtype" of the file, "date", "commit"
-            and "torch" of its making, "input".
+            "metrics" (accuracies from 0 to 1), "classes" in the order of the outputs, "test_batch_size", "parameters",
+            "dtype" of the file, "date", "commit" and "torch" of its making, "input".
 
     Example:
         >>> weights = zoo.get_weights("resnet20_bln.cifar10")  # doctest: +SKIP
@@ -113,9 +115,8 @@ class Weights:
         """
         given = self.metadata["input"]
         if given["kind"] == "text":
-            path = self.path.parent / given["vocabulary"]
-            checked(path)
-            tokenizer = Tokenizer.from_file(path, given["max_tokens"])
+            vocabulary = checked(self.path.parent / given["vocabulary"]).decode("utf-8").split("\n")
+            tokenizer = Tokenizer(vocabulary, given["max_tokens"])
             return partial(_of_one_length, tokenizer, given["pad_to"]) if given["pad_to"] else tokenizer
         tensors = self._tensors()
         mean, std = (tensors.get(name) for name in INPUT)
@@ -215,7 +216,8 @@ def get_weights(name: str) -> Weights:
     """
     names = weights_names()
     path = FOLDER / f"{name}{SUFFIX}"
-    if name not in names and not path.exists():
+    # A file that is there but not listed is an error of its own; other folders are none of ours.
+    if name not in names and not (path.parent == FOLDER and path.exists()):
         tagged = [known for known in names if known.partition(".")[0] == name]
         if len(tagged) > 1:
             raise ValueError(
@@ -235,12 +237,13 @@ def read_weights(path: Path) -> Weights:
     Raises:
         ValueError: If it is missing, damaged, not listed or without the metadata that weights have.
     """
-    checked(path)
+    data = checked(path)
     name = path.name.removesuffix(SUFFIX)
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("zoo", "")
-        metadata = json.loads(text)
+        load(data)
+        # Of the bytes that were checked: their length, little-endian, then a JSON header.
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = json.loads(header.get("__metadata__", {}).get("zoo", ""))
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(
             f"A weights file must be in the safetensors format, with a metadata key 'zoo' that holds JSON, got "
@@ -262,6 +265,9 @@ def check_metadata(metadata: Any, name: str) -> None:
             problems.append(f"'input.kind' {kind!r}, not one of {', '.join(map(repr, _INPUT_KINDS))}")
         else:
             problems += _problems(metadata["input"], _INPUT_KINDS[kind], "input.")
+        vocabulary = metadata["input"].get("vocabulary", "")
+        if isinstance(vocabulary, str) and Path(vocabulary).name != vocabulary:
+            problems.append(f"'input.vocabulary' {vocabulary!r}, not the name of a file beside the weights")
     if problems:
         raise ValueError(
             f"The metadata of the weights {name!r} must be as python -m zoo.pack writes it, got {'; '.join(problems)}; "
@@ -346,6 +352,8 @@ def load_tensors_(model: nn.Module, tensors: Mapping[str, Tensor], *, fresh_clas
             f"zoo.create_model does if only num_classes is given."
         )
     state.update(tensors)
+    layers = bln_layers(model).values()
+    fixed = [layer.batch_size for layer in layers]
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -353,6 +361,12 @@ def load_tensors_(model: nn.Module, tensors: Mapping[str, Tensor], *, fresh_clas
             f"Weights must have the shapes of the model, got others: {error}\nMake the model with the arguments that "
             f"it was trained with, which is what zoo.create_model does if only num_classes is given."
         ) from error
+    for layer, batch_size in zip(layers, fixed, strict=True):
+        # What was accumulated belongs to the training that is over: the next one begins with its first batch.
+        layer.start_epoch()
+        if batch_size is not None:
+            with torch.no_grad():
+                layer.nominal_batch_size.fill_(batch_size)
 
 
 def _some(names: list[str]) -> str:

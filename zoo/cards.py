@@ -37,12 +37,13 @@ _SOURCES = {
 }
 _ROOTS = {"cifar10": " --data.root FOLDER", "imdb": " --data.root FOLDER/aclImdb", "digits": ""}
 _LIMITS = {
-    "cifar10": "Trained and tested on 32x32 images of ten classes, stored as JPEG of quality 75, which costs some "
-    "accuracy against the original files. Images of another size must be resized to 32x32 first.",
+    "cifar10": "Trained and tested on 32x32 images of ten classes. Images of another size must be resized to 32x32 "
+    "first.",
     "imdb": "Trained and tested on English film reviews of one site until 2011; of a longer review only the last words "
     "are read.",
     "digits": "A demonstration on 1797 images of 8x8 pixels.",
 }
+_JPEG = " The images are JPEG copies of quality 75, which costs some accuracy against the original files."
 
 
 def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
@@ -54,6 +55,11 @@ def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
     """
     data, name, tag = weights.metadata, weights.name, weights.tag
     family, norm = split(weights.arch)
+    if family not in _SOURCES or dataset(tag) not in _ROOTS:
+        raise ValueError(
+            f"A card must say where an architecture comes from and what its data are, got {name!r}; add {family!r} to "
+            f"_SOURCES, or {dataset(tag)!r} to _ROOTS and _LIMITS, in zoo/cards.py."
+        )
     root = _ROOTS[dataset(tag)]
     metrics = data["metrics"]
     lines = [
@@ -76,7 +82,8 @@ def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
         "",
         f"- Recipe: [{data['recipe']}](../../{data['recipe']}), seed {data['seed']}, {data['epochs']} epochs, torch "
         f"{data['torch']}, {data['date']}, commit {data['commit'][:12]}.",
-        f"- Again: `lightning-bln fit --config {data['recipe']}{root} --ckpt_path last`",
+        f"- Classes, in the order of the outputs: {', '.join(data['classes'])}.",
+        f"- In a checkout, again: `lightning-bln fit --config {data['recipe']}{root} --ckpt_path last`",
         f"- The test accuracy: `lightning-bln test --config {data['recipe']}{root} --model.weights {tag} --bln false`",
         f"- Stored as {data['dtype']}; the accuracy is that of the stored numbers, in batches of "
         f"{data['test_batch_size']}.",
@@ -85,7 +92,7 @@ def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
         "",
         "## Limits",
         "",
-        _LIMITS[dataset(tag)],
+        _LIMITS[dataset(tag)] + (_JPEG if "JPEG" in data["data"] else ""),
         "",
     ]
     return "\n".join(lines)

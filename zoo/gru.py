@@ -13,6 +13,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -95,11 +96,16 @@ class GRUClassifier(nn.Module):
         if lengths is None:
             lengths = torch.full(tokens.shape[:1], tokens.shape[1], device=tokens.device)
         dims = 3 if isinstance(self.embedding, nn.Identity) else 2
-        if tokens.ndim != dims or lengths.shape != tokens.shape[:1]:
+        if (
+            tokens.ndim != dims
+            or lengths.shape != tokens.shape[:1]
+            or not 1 <= int(lengths.min()) <= int(lengths.max()) <= tokens.shape[1]
+        ):
+            wanted = "features (N, T, C)" if dims == 3 else "tokens (N, T)"
             raise ValueError(
-                f"The input must be {'features (N, T, C)' if dims == 3 else 'tokens (N, T)'} and lengths (N,), got "
-                f"shapes {tuple(tokens.shape)} and {tuple(lengths.shape)}; zoo.text.Tokenizer makes tokens and lengths "
-                f"of a list of texts."
+                f"The input must be {wanted} and lengths (N,) from 1 to T, got shapes {tuple(tokens.shape)} and "
+                f"{tuple(lengths.shape)} and lengths {lengths.tolist()[:8]}; zoo.text.Tokenizer makes both of a "
+                f"list of texts."
             )
         x = self._embed(tokens)
         sequence = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
@@ -141,7 +147,8 @@ class NormGRU(nn.Module):
 
     N_x runs once, over the valid steps of all sequences; its batch statistics are over all of them. N_h,t has
     statistics of its own for each time step t, over the sequences that are so long, and shares weight and bias with
-    all steps; beyond ``max_steps`` the last one's are used. The norms' biases are the gates' biases. BLN's B is the
+    all steps. Beyond ``max_steps``, and at inference beyond the steps of the training sequences, the last one's are
+    used. The norms' biases are the gates' biases. BLN's B is the
     number of sequences in N_h,t; in N_x it is the number of valid steps.
 
     Shapes: `PackedSequence` of (M, input_size) to one of (M, hidden_size), twice that for both directions.
@@ -199,19 +206,36 @@ class _NormCell(nn.Module):
             nn.init.orthogonal_(gate)
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
+        norms = self._norms_of_steps(len(sizes))
         inputs = self.input_norm(F.linear(x, self.input_weight))
         h = x.new_zeros(sizes[0], self.hidden_size, dtype=inputs.dtype)
         states = []
         for step, from_input in enumerate(inputs.split(sizes)):
             h = h[: len(from_input)]  # the longest sequences come first
-            norm = self.step_norms[min(step, len(self.step_norms) - 1)]
-            from_state = torch.addcmul(self.bias, norm(F.linear(h, self.hidden_weight)), self.weight)
+            from_state = torch.addcmul(self.bias, norms[step](F.linear(h, self.hidden_weight)), self.weight)
             input_gates, input_new = from_input.split([2 * self.hidden_size, self.hidden_size], 1)
             state_gates, state_new = from_state.split([2 * self.hidden_size, self.hidden_size], 1)
             r, z = torch.sigmoid(input_gates + state_gates).chunk(2, 1)
             h = torch.lerp(torch.tanh(torch.addcmul(input_new, r, state_new)), h, z)
             states.append(h)
         return torch.cat(states)
+
+    def _norms_of_steps(self, steps: int) -> list[nn.Module]:
+        norms = list(self.step_norms)
+        if not self.training:
+            norms = [norm for norm in norms if _was_trained(norm)] or norms
+        elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # Another process may have longer sequences: DDP needs the same buffers in all of them.
+            for norm in norms[steps:]:
+                norm(self.hidden_weight.new_empty(0, 3 * self.hidden_size))
+        return norms[:steps] + norms[-1:] * (steps - len(norms))
+
+
+def _was_trained(norm: nn.Module) -> bool:
+    """Whether a norm has statistics of its own for inference, or needs none."""
+    if isinstance(norm, BatchLayerNorm):
+        return norm.has_population
+    return not isinstance(norm, nn.BatchNorm1d) or norm.num_batches_tracked is None or bool(norm.num_batches_tracked)
 
 
 def _unit_norm(norm: Norm, features: int) -> nn.Module:

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import Accuracy
 
+from lightning_bln import start_epoch
+from lightning_bln.surgery import bln_layers
 from zoo._registry import create_model
+from zoo._weights import get_weights
 from zoo.data.loader import generator_for
 
 Batch = tuple[Tensor, ...]
@@ -20,17 +23,19 @@ Batch = tuple[Tensor, ...]
 class LitClassifier(pl.LightningModule):
     """A model of the zoo, trained on batches of (inputs..., labels) and tested by its accuracy.
 
-    SGD with Nesterov's momentum or Adam; the rate rises linearly to ``lr`` and falls linearly to zero (or stays, with
-    ``schedule="constant"``). Biases and the weights of norms are not decayed. Cross-entropy, or binary cross-entropy
-    where the model has one output. Random numbers of each training step depend on the seed of the process
-    (``seed_everything``), the epoch and the batch only, so that a run that was resumed equals one that was not.
+    SGD with Nesterov's momentum, or Adam with decoupled decay (AdamW); the rate rises linearly to ``lr`` and falls
+    linearly to zero (or stays, with ``schedule="constant"``). Biases and the weights of norms are not decayed.
+    Cross-entropy, or binary cross-entropy where the model has one output. Random numbers of each training step depend
+    on the seed of the process (``seed_everything``), the epoch and the batch only, so that a run that was resumed
+    equals one that was not. Each epoch begins population statistics afresh; on several devices give the Trainer a
+    `BLNSwap` too, which merges them.
 
     Logs train_loss, and of validation and test the loss and the accuracy (0 to 1).
 
     Args:
         model: One of ``zoo.list_models()``.
         weights: A tag of ``zoo.get_weights(model)`` to start from, such as "cifar10". Default None: a fresh start.
-        num_classes: Default 10.
+        num_classes: Default None: that of the weights, else 10.
         optimizer: "sgd" (default) or "adam".
         lr: The highest learning rate. Default 0.1.
         momentum: Of SGD. Default 0.9.
@@ -50,7 +55,7 @@ class LitClassifier(pl.LightningModule):
         self,
         model: str,
         weights: str | None = None,
-        num_classes: int = 10,
+        num_classes: int | None = None,
         optimizer: str = "sgd",
         lr: float = 0.1,
         momentum: float = 0.9,
@@ -66,8 +71,14 @@ class LitClassifier(pl.LightningModule):
             raise ValueError(f"optimizer must be 'sgd' or 'adam', got {optimizer!r}.")
         if schedule not in ("triangle", "constant"):
             raise ValueError(f"schedule must be 'triangle' or 'constant', got {schedule!r}.")
+        if num_classes is None:
+            num_classes = 10
+            if weights is not None:
+                num_classes = int(get_weights(f"{model}.{weights}").metadata["arguments"]["num_classes"])
         self.save_hyperparameters(ignore="weights")
+        self.hparams["num_classes"] = num_classes
         self.seed = torch.initial_seed()
+        self._random_state = torch.get_rng_state()
         arguments = {} if weights is None else {"weights": weights}
         self.model = create_model(model, num_classes=num_classes, **arguments, **(model_kwargs or {}))
         if channels_last and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
@@ -83,8 +94,23 @@ class LitClassifier(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout of this step: neither what came before nor a break between two steps may change it."""
+        if bln_layers(self.model):
+            start_epoch(self.model, self.current_epoch)  # does nothing within an epoch
         numbers = (self.current_epoch, batch_idx, self.global_rank)
+        self._random_state = torch.get_rng_state()
         torch.manual_seed(generator_for(self.seed, *numbers).initial_seed())
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """The process's generator goes on where it was."""
+        torch.set_rng_state(self._random_state)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The seed, for a run that goes on in another process."""
+        checkpoint["zoo_seed"] = self.seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As it was saved."""
+        self.seed = checkpoint.get("zoo_seed", self.seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""
@@ -109,7 +135,8 @@ class LitClassifier(pl.LightningModule):
         *inputs, labels = batch
         outputs = self(*inputs)
         accuracy: Any = self.metrics[stage]
-        accuracy(outputs.squeeze(1) if outputs.shape[1] == 1 else outputs, labels)
+        # torchmetrics takes logits that all lie in [0, 1] for probabilities.
+        accuracy((outputs.squeeze(1) > 0).long() if outputs.shape[1] == 1 else outputs, labels)
         self.log(f"{stage}_loss", self.loss(outputs, labels), batch_size=len(labels), prog_bar=True, sync_dist=True)
         self.log(f"{stage}_accuracy", accuracy, batch_size=len(labels), prog_bar=True)
 
@@ -133,7 +160,8 @@ class LitClassifier(pl.LightningModule):
             momentum = hparams["momentum"]
             optimizer = torch.optim.SGD(groups, lr=hparams["lr"], momentum=momentum, nesterov=momentum > 0)
         else:
-            optimizer = torch.optim.AdamW(groups, lr=hparams["lr"])
+            # Without a default of its own for groups that are added later, as in fine-tuning.
+            optimizer = torch.optim.AdamW(groups, lr=hparams["lr"], weight_decay=0.0)
         if hparams["schedule"] == "constant":
             return optimizer
         schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -5,7 +5,7 @@ python -m zoo.pack CHECKPOINT --name resnet20_bln.cifar10 --recipe zoo/recipes/r
 
 The recipe's data module says on which data loss and accuracy are measured; its arguments can be replaced, as in
 ``lightning-bln fit``. The flags are searched on the validation data, see `search_flags`. The model's parameters are
-stored in float16 if that does not change the test accuracy.
+stored in float16 if that does not change the validation accuracy; the test data are then used once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.checkpoint,
         name=given.name,
         recipe=Path(os.fspath(given.recipe[-1])),
-        trained=given.model["init_args"]["model"],
+        settings=given.model["init_args"],
         seed=given.seed_everything,
         data=parser.instantiate(given).data,
         data_name=given.data_name,
@@ -80,7 +81,7 @@ def pack(
     *,
     name: str,
     recipe: Path,
-    trained: str,
+    settings: Mapping[str, Any],
     seed: int,
     data: Any,
     data_name: str,
@@ -93,10 +94,10 @@ def pack(
         checkpoint: Of a `LitClassifier`.
         name: ``arch.tag``.
         recipe: The YAML file of the training.
-        trained: The model that the recipe trains.
+        settings: Those of the recipe for `LitClassifier`, "model" among them.
         seed: Of the training.
-        data: A LightningDataModule with mean and std (None, or tensors) and ``input_metadata()``; with a tokenizer for
-            texts.
+        data: A LightningDataModule with mean and std (None, or tensors), ``classes`` and ``input_metadata()``; with a
+            tokenizer for texts.
         data_name: What cards call the data.
         flags: Of all BatchLayerNorm layers; "own" for those that the checkpoint has. Default None: `search_flags`.
         folder: Default ``zoo/weights``.
@@ -105,17 +106,25 @@ def pack(
         The metadata.
 
     Raises:
-        ValueError: If checkpoint, recipe and name are of different models, or layers have other settings than those
-            that `zoo.create_model` makes.
+        ValueError: If checkpoint, recipe and name are of different models or settings, or layers have other settings
+            than those that `zoo.create_model` makes.
     """
     arch, _, tag = name.partition(".")
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     hparams = saved["hyper_parameters"]
+    trained = settings["model"]
     if not tag or not arch == trained == hparams["model"]:
         raise ValueError(
             f"Name, recipe and checkpoint must be of one model, got the name {name!r}, {trained!r} in the recipe and "
             f"{hparams['model']!r} in the checkpoint; call for example --name {hparams['model']}.{tag or 'cifar10'}."
         )
+    other = {key: hparams.get(key) for key, value in settings.items() if key != "weights" and hparams.get(key) != value}
+    if other:
+        raise ValueError(
+            f"A checkpoint must be of a training by the recipe, got one with {other}, where the recipe has "
+            f"{ {key: settings[key] for key in other} }; train by the recipe, or write a recipe of these settings."
+        )
+    commit = _commit()
     arguments = {"num_classes": hparams["num_classes"], **(hparams["model_kwargs"] or {})}
     model = create_model(arch, **arguments)
     load_checkpoint_(model, saved["state_dict"])
@@ -126,15 +135,15 @@ def pack(
         flags = search["chosen"]
     chosen = _chosen_flags(model, None if flags == "own" else flags)
 
-    # The rounded weights replace the others only if they are as accurate.
-    tensors: dict[str, Tensor] = {}
-    metrics: dict[str, float] = {}
-    for dtype in (torch.float32, torch.float16):
-        found = stored_tensors(model, dtype)
-        measured = _evaluate(arch, arguments, found, chosen, data)
-        sys.stdout.write(f"{dtype}: {measured}\n")
-        if not metrics or measured["test_accuracy"] == metrics["test_accuracy"]:
-            tensors, metrics, stored = found, measured, dtype
+    # The rounded weights replace the others only if they are as accurate; the test data are for the ones that are kept.
+    data.setup("validate")
+    exact = stored_tensors(model, torch.float32)
+    rounded = stored_tensors(model, torch.float16)
+    evaluate = partial(_evaluate, arch, arguments, flags=chosen, data=data)
+    metrics, tensors = evaluate("validate", exact), exact
+    if (other := evaluate("validate", rounded))["val_accuracy"] == metrics["val_accuracy"]:
+        metrics, tensors = other, rounded
+    metrics |= evaluate("test", tensors)
 
     *inputs, labels = next(iter(data.test_dataloader()))
     samples = [value[:GOLDEN_SAMPLES].contiguous() for value in inputs]
@@ -155,11 +164,12 @@ def pack(
         "epochs": saved["epoch"] + 1,
         "flags": chosen,
         "metrics": metrics,
+        "classes": list(data.classes),
         "test_batch_size": len(labels),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(stored).removeprefix("torch."),
+        "dtype": "float16" if tensors is rounded else "float32",
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit,
         "torch": str(torch.__version__),
         "input": taken,
     }
@@ -290,9 +300,15 @@ def _chosen_flags(model: nn.Module, flags: str | None) -> str | dict[str, str] |
 
 
 def _evaluate(
-    arch: str, arguments: dict[str, Any], tensors: dict[str, Tensor], flags: str | dict[str, str] | None, data: Any
+    arch: str,
+    arguments: dict[str, Any],
+    stage: str,
+    tensors: dict[str, Tensor],
+    *,
+    flags: str | dict[str, str] | None,
+    data: Any,
 ) -> dict[str, float]:
-    """Loss and accuracy in validation and test, of the model as `zoo.create_model` makes it."""
+    """Loss and accuracy in validation or test, of the model as `zoo.create_model` makes it."""
     arguments = dict(arguments)
     module = LitClassifier(arch, num_classes=arguments.pop("num_classes"), model_kwargs=arguments)
     _load(module.model, tensors, flags)
@@ -304,10 +320,7 @@ def _evaluate(
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    metrics: dict[str, float] = {}
-    for evaluate in (trainer.validate, trainer.test):
-        metrics |= evaluate(module, datamodule=data, verbose=False)[0]
-    return metrics
+    return dict(getattr(trainer, stage)(module, datamodule=data, verbose=False)[0])
 
 
 def _outputs(

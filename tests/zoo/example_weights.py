@@ -32,6 +32,7 @@ def metadata(name: str, **changes: Any) -> dict[str, Any]:
         "epochs": 2,
         "flags": None,
         "metrics": {"test_accuracy": 0.5, "test_loss": 0.7, "val_accuracy": 0.5, "val_loss": 0.7},
+        "classes": ["cat", "dog"],
         "test_batch_size": 500,
         "parameters": 62_006,
         "dtype": "float16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import zoo
 from lightning_bln import BatchLayerNorm, batch_layer_norm
+from tests.conftest import two_processes
 from zoo.gru import GRUClassifier, NormGRU, _reversed_rows
 
 LENGTHS = torch.tensor([3, 7, 1, 7, 5])
@@ -88,6 +90,39 @@ def test_each_time_step_has_statistics_of_its_own() -> None:
     assert names == ["input_weight", "hidden_weight", "weight", "bias", "input_norm.weight", "input_norm.bias"]
 
 
+@pytest.mark.parametrize("norm", ["bln", "bn"])
+def test_beyond_the_training_sequences_the_last_steps_statistics_hold(norm: str) -> None:
+    model = classifier(norm, recurrent_norm=True, num_layers=1, max_steps=12, dropout=0.0)
+    short = tokens()[:, :4]
+    for _ in range(2):
+        model(short, LENGTHS.clamp(max=4))
+    norms = model.layers[0].cells[0].step_norms
+    seen = [
+        norm.running_batch_mean.numel() > 0 if norm_is_bln(norm) else norm.num_batches_tracked > 0 for norm in norms
+    ]
+    assert sum(seen) == 4
+    model.eval()
+    together = model(tokens(), LENGTHS)
+    alone = torch.cat([model(tokens()[i : i + 1], LENGTHS[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def norm_is_bln(norm: nn.Module) -> bool:
+    return isinstance(norm, BatchLayerNorm)
+
+
+def lengths_that_differ_by_process(rank: int) -> list[float]:
+    model = torch.nn.parallel.DistributedDataParallel(classifier(recurrent_norm=True, dropout=0.0))
+    lengths = LENGTHS.clamp(max=7 if rank == 0 else 3)
+    for _ in range(2):
+        model(tokens(), lengths).sum().backward()
+    return [norm.running_batch_mean.numel() for norm in model.module.layers[0].cells[0].step_norms]
+
+
+def test_processes_may_have_sequences_of_other_lengths(tmp_path: Path) -> None:
+    assert two_processes(lengths_that_differ_by_process, tmp_path) == [[24] * 7, [24] * 7]
+
+
 def test_recurrent_step_is_the_formula() -> None:
     model = classifier(recurrent_norm=True, num_layers=1, dropout=0.0)
     cell = model.layers[0].cells[0]
@@ -131,7 +166,12 @@ def test_features_instead_of_tokens_and_no_classes() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match=r"be tokens \(N, T\) and lengths \(N,\), got shapes \(5, 7, 1\) and \(5,\)"):
+    with pytest.raises(
+        ValueError, match=r"be tokens \(N, T\) and lengths \(N,\) from 1 to T, got shapes \(5, 7, 1\) and \(5,\)"
+    ):
         classifier()(tokens().unsqueeze(2), LENGTHS)
+    for wrong in (LENGTHS + 1, LENGTHS - 1):
+        with pytest.raises(ValueError, match=r"lengths \(N,\) from 1 to T, got shapes .* and lengths \["):
+            classifier()(tokens(), wrong)
     with pytest.raises(ValueError, match="norm must be one of 'bln'"):
         classifier("batch")

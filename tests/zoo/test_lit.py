@@ -90,6 +90,78 @@ def test_one_output_is_a_logit() -> None:
     torch.testing.assert_close(LitClassifier.loss(outputs, labels), expected)
 
 
+def test_accuracy_of_logits_that_could_be_probabilities() -> None:
+    module = LitClassifier("paper_lstm_bln", num_classes=1, model_kwargs={"vocabulary_size": 5})
+    module.model = Constant(torch.tensor([[0.3], [0.1], [0.45], [-0.2]]))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(4, 2), torch.ones(4).long()), 4)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    (tested,) = pl.Trainer(**quiet, enable_checkpointing=False).test(module, loader, verbose=False)
+    assert tested["test_accuracy"] == 0.75
+
+
+class Constant(nn.Module):
+    """Outputs that are given."""
+
+    def __init__(self, outputs: torch.Tensor) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outputs
+
+
+def test_validation_from_a_checkpoint_says_nothing_about_the_next_training(tmp_path: Path) -> None:
+    every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10)
+    model, data = module(), Digits("sequences")
+    trainer(tmp_path, every, max_steps=10).fit(model, data)
+    again = Digits("sequences")
+    first = trainer(tmp_path, enable_checkpointing=False)
+    first.test(module(), again, ckpt_path=tmp_path / "step=10.ckpt", weights_only=True, verbose=False)
+    fresh = trainer(tmp_path, enable_checkpointing=False, max_epochs=1)
+    fresh.fit(module(), again)
+    assert fresh.global_step == 37
+
+
+def test_the_seed_of_the_process_is_the_same_after_a_training(tmp_path: Path) -> None:
+    model = module()
+    trainer(tmp_path, max_steps=3, enable_checkpointing=False).fit(model, Digits("sequences"))
+    assert torch.initial_seed() == model.seed == Digits().seed == 3
+
+
+def test_the_seed_goes_with_the_checkpoint(tmp_path: Path) -> None:
+    every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10)
+    data = Digits("sequences")
+    trainer(tmp_path, every, max_steps=10).fit(module(), data)
+    resumed = module()
+    resumed.seed = 99
+    data.seed = 3
+    run = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    run.fit(resumed, data, ckpt_path=tmp_path / "step=10.ckpt", weights_only=True)
+    assert resumed.seed == 3
+
+
+def test_each_epoch_begins_statistics_afresh_without_a_callback(tmp_path: Path) -> None:
+    model = LitClassifier("cnn_bln")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    pl.Trainer(max_epochs=2, enable_checkpointing=False, **quiet).fit(model, Digits())
+    assert int(model.model.layers[1].num_samples) == 37 * 32
+
+
+def test_groups_that_are_added_later_do_not_decay() -> None:
+    optimizer: Any = LitClassifier(
+        "cnn_bln", optimizer="adam", weight_decay=0.1, schedule="constant"
+    ).configure_optimizers()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
+
+
+def test_classes_are_those_of_the_weights() -> None:
+    module = LitClassifier("gru_bln", weights="imdb")
+    assert module.hparams["num_classes"] == 2
+    assert module.model.fc.out_features == 2
+    assert LitClassifier("cnn_bln").hparams["num_classes"] == 10
+
+
 def test_biases_and_norms_do_not_decay(tmp_path: Path) -> None:
     model = LitClassifier("cnn_bn", weight_decay=0.1, schedule="constant", optimizer="sgd", lr=0.5)
     optimizer: Any = model.configure_optimizers()
@@ -128,11 +200,10 @@ def test_bf16_is_for_training_only(tmp_path: Path) -> None:
     assert seen == {True: torch.bfloat16, False: torch.float32}
 
 
-def test_whether_bf16_pays_is_asked_of_the_device() -> None:
-    capabilities = torch.cpu.get_capabilities()
-    assert computes_in_bf16(torch.device("cpu")) == bool(
-        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    )
+def test_whether_bf16_pays_is_asked_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert computes_in_bf16(torch.device("cpu")) == expected
     assert not computes_in_bf16(torch.device("meta"))
 
 

@@ -41,6 +41,12 @@ def test_names_that_are_not_there() -> None:
         zoo.create_model("resnet20_blm")
     with pytest.raises(ValueError, match=r"no model named 'resnet20_blm'; did you mean 'resnet20_bln'"):
         zoo.create_model("resnet20_blm.cifar10")
+    with pytest.raises(ValueError, match=r"no model named 'resnet20_bln\.'; did you mean 'resnet20_bln'"):
+        zoo.create_model("resnet20_bln.")
+    with pytest.raises(
+        TypeError, match=r"chosen by their tag, got pretrained=True; call zoo.create_model\('resnet20_bln'"
+    ):
+        zoo.create_model("resnet20_bln", pretrained=True)
     with pytest.raises(ValueError, match=r"no model named 'xyz'; zoo.list_models\(\)"):
         zoo.create_model("xyz")
 

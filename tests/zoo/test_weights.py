@@ -38,6 +38,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ------------------------------------------------------------------- the zoo's
 
 
+def test_there_are_weights() -> None:
+    assert {"cnn_bln.digits", "gru_bln.digits", "gru_bln.imdb", "resnet20_bln.cifar10"} <= set(SHIPPED)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_give_their_golden_output(name: str) -> None:
     weights = zoo.get_weights(name)
@@ -54,6 +58,7 @@ def test_shipped_weights_are_what_their_metadata_say(name: str) -> None:
     assert weights.path.stat().st_size < 10_000_000
     assert (ROOT / weights.metadata["recipe"]).is_file()
     model = zoo.create_model(name)
+    assert len(weights.metadata["classes"]) == max(2, weights.metadata["arguments"]["num_classes"])
     assert weights.metadata["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     layers = [module for module in model.modules() if isinstance(module, BatchLayerNorm)]
     assert (weights.metadata["flags"] is None) == (not layers)

@@ -46,6 +46,7 @@ class _CIFAR(InMemoryDataModule):
             raise ValueError(f"standardize must be 'channel' or 'pixel', got {standardize!r}.")
         self.root, self.download, self.augment, self.standardize = Path(root), download, augment, standardize
         self.validation, self.subset = validation, subset
+        self.classes: list[str] = []
         self.mean: Tensor | None = None
         self.std: Tensor | None = None
 
@@ -77,6 +78,15 @@ class _CIFAR(InMemoryDataModule):
         order = torch.randperm(len(images), generator=generator_for(SPLIT_SEED))
         self.test = Images(images[order], labels[order], self.mean, self.std)
 
+    def _check_classes(self, classes: list[str]) -> None:
+        expected = self.classes or classes
+        if classes != expected or len(classes) > self.num_classes:
+            raise ValueError(
+                f"Training and test images must be of the same classes, at most {self.num_classes}, got folders "
+                f"{classes} beside {expected} in {str(self.root)!r}; give the root of a whole data set."
+            )
+        self.classes = classes
+
     def input_metadata(self) -> dict[str, Any]:
         """What a model that was trained on these batches takes, for its weights file."""
         return {"kind": "image", "size": [3, 32, 32]}
@@ -91,6 +101,7 @@ class _CIFAR(InMemoryDataModule):
     def _read(self, *, train: bool) -> tuple[Tensor, Tensor]:
         if self._is_tree():
             folder = datasets.ImageFolder(str(self.root / ("train" if train else "test")))
+            self._check_classes(folder.classes)
             pixels = np.stack([np.asarray(image) for image, _ in folder])
             labels = folder.targets
         else:
@@ -103,6 +114,7 @@ class _CIFAR(InMemoryDataModule):
                     f"torchvision downloads them, and are not; {name}({str(self.root)!r}, download=True) fetches them."
                 ) from error
             pixels, labels = data.data, data.targets
+            self._check_classes(data.classes)
         images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).contiguous()
         return images, torch.tensor(labels)
 
@@ -122,7 +134,8 @@ class CIFAR10(_CIFAR):
         augment: Crop and flip. Default True.
         standardize: "channel" (default): by each channel's mean and deviation over the training images; "pixel": by
             those of each channel and pixel, as the paper's authors do.
-        validation: Training images that are held out. Default 5,000, as in He et al. 2015.
+        validation: Training images that are held out. Default 5,000, as in He et al. 2015. Which ones depends on the
+            order of the images, and so on the layout of ``root``.
         subset: Keep only the first so many training images, after the split. Default None: all.
         download: Let torchvision download the data set into ``root`` if it is not there. Default False.
         num_workers: Processes that make batches. Default 0: the images are in memory.

@@ -29,7 +29,7 @@ class Digits(InMemoryDataModule):
     Source: scikit-learn's ``load_digits``; Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", 1998.
     """
 
-    num_classes = 10
+    classes = tuple("0123456789")
 
     def __init__(
         self, form: str = "images", batch_size: int = 32, eval_batch_size: int = 50, num_workers: int = 0

@@ -69,7 +69,7 @@ class IMDb(InMemoryDataModule):
     """
 
     mean = std = None
-    num_classes = 2
+    classes = ("negative", "positive")
 
     def __init__(
         self,

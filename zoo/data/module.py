@@ -58,8 +58,9 @@ class InMemoryDataModule(pl.LightningDataModule):
         return {} if self._train_loader is None else {"place": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """For the loader that training will ask for."""
-        self._place = state_dict.get("place")
+        """For the loader that training will ask for; Lightning calls this before validation and test too."""
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            self._place = state_dict.get("place")
 
     def input_metadata(self) -> dict[str, Any]:
         """What a model that was trained on these batches takes, for its weights file."""

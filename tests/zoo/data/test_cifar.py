@@ -74,6 +74,12 @@ def test_standardised_by_pixel(tree: Path) -> None:
     assert x.shape == (5, 3, 32, 32)
 
 
+def test_parts_of_other_classes(tree: Path) -> None:
+    (tree / "test" / "bird").rename(tree / "test" / "ant")
+    with pytest.raises(ValueError, match=r"of the same classes, .*\['ant', 'cat'\] beside \['bird', 'cat'\]"):
+        module(tree)
+
+
 def test_missing_images_and_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"must be in .*, as train/<class>.*CIFAR10\(.*, download=True\)"):
         module(tmp_path)

@@ -63,6 +63,16 @@ def test_resuming_within_an_epoch_gives_the_rest_of_it(workers: int) -> None:
     assert len(batches(resumed)) == len(expected)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_epoch_may_be_set_after_the_iterator_is_made(workers: int) -> None:
+    expected = loader()
+    expected.epochs.set_epoch(3)
+    data = loader(num_workers=workers)
+    iterator = iter(data)
+    data.epochs.set_epoch(3)  # Lightning's order
+    assert [batch[0].tolist() for batch in iterator] == batches(expected)
+
+
 def test_a_whole_epoch_is_the_beginning_of_the_next_one() -> None:
     data = loader()
     batches(data)
