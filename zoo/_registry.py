@@ -86,8 +86,9 @@ def create_model(name: str, *, weights: str | Weights | None = None, **kwargs: A
         )
     arch, dot, tag = name.partition(".")
     if arch not in _BUILDERS or (dot and not tag):
-        hint = did_you_mean(name, _BUILDERS) or "zoo.list_models() shows all."
-        raise ValueError(f"The zoo has no model named {name!r}; {hint.strip()}")
+        wrong = name if arch in _BUILDERS else arch
+        hint = did_you_mean(arch, _BUILDERS) or "zoo.list_models() shows all."
+        raise ValueError(f"The zoo has no model named {wrong!r}; {hint.strip()}")
     if tag and weights not in (None, tag):
         raise ValueError(
             f"The tag in the name and weights must agree, got {name!r} and weights={weights!r}; call "

@@ -207,12 +207,15 @@ class _NormCell(nn.Module):
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
         norms = self._norms_of_steps(len(sizes))
-        inputs = self.input_norm(F.linear(x, self.input_weight))
-        h = x.new_zeros(sizes[0], self.hidden_size, dtype=inputs.dtype)
+        # Autocast is for the products: the state is kept in the parameters' precision.
+        dtype = self.bias.dtype
+        inputs = self.input_norm(F.linear(x, self.input_weight)).to(dtype)
+        h = x.new_zeros(sizes[0], self.hidden_size, dtype=dtype)
         states = []
         for step, from_input in enumerate(inputs.split(sizes)):
             h = h[: len(from_input)]  # the longest sequences come first
-            from_state = torch.addcmul(self.bias, norms[step](F.linear(h, self.hidden_weight)), self.weight)
+            normed = norms[step](F.linear(h, self.hidden_weight)).to(dtype)
+            from_state = torch.addcmul(self.bias, normed, self.weight)
             input_gates, input_new = from_input.split([2 * self.hidden_size, self.hidden_size], 1)
             state_gates, state_new = from_state.split([2 * self.hidden_size, self.hidden_size], 1)
             r, z = torch.sigmoid(input_gates + state_gates).chunk(2, 1)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import two_processes
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import zoo
 from lightning_bln import BatchLayerNorm, batch_layer_norm
-from tests.conftest import two_processes
 from zoo.gru import GRUClassifier, NormGRU, _reversed_rows
 
 LENGTHS = torch.tensor([3, 7, 1, 7, 5])
@@ -175,3 +175,13 @@ def test_bad_input() -> None:
             classifier()(tokens(), wrong)
     with pytest.raises(ValueError, match="norm must be one of 'bln'"):
         classifier("batch")
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_under_autocast(recurrent: bool) -> None:
+    model = classifier(recurrent_norm=recurrent, dropout=0.0)
+    expected = model(tokens(), LENGTHS)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = model(tokens(), LENGTHS)
+    given.sum().backward()
+    torch.testing.assert_close(given.float(), expected, atol=0.05, rtol=0.05)

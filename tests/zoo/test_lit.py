@@ -130,11 +130,10 @@ def test_the_seed_of_the_process_is_the_same_after_a_training(tmp_path: Path) ->
 
 def test_the_seed_goes_with_the_checkpoint(tmp_path: Path) -> None:
     every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10)
-    data = Digits("sequences")
-    trainer(tmp_path, every, max_steps=10).fit(module(), data)
-    resumed = module()
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer(tmp_path, every, StopAt(12), max_epochs=1).fit(module(), Digits("sequences"))
+    resumed, data = module(), Digits("sequences")
     resumed.seed = 99
-    data.seed = 3
     run = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     run.fit(resumed, data, ckpt_path=tmp_path / "step=10.ckpt", weights_only=True)
     assert resumed.seed == 3

@@ -193,6 +193,7 @@ def test_images(folder: Path, digits: tuple[Path, list[str]], capsys: pytest.Cap
         seed=3,
         epochs=2,
         flags="TTFF",
+        classes=list("0123456789"),
         test_batch_size=100,
         input={"kind": "image", "size": [1, 8, 8]},
     )

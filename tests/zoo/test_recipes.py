@@ -144,7 +144,7 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_is_the_same(name: str, tmp
             while not (killed / "last.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.005)
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.communicate()
             step = final(killed)["global_step"]
             assert 0 < step < 70
             assert step % 35
