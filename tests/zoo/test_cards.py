@@ -14,6 +14,14 @@ from tests.zoo.example_weights import metadata
 from zoo import cards
 from zoo._weights import Weights
 
+pytestmark = [
+    # LightningCLI's own use of jsonargparse.
+    pytest.mark.filterwarnings(
+        r"ignore:\s*(By default only one Jsonargparse|.*was deprecated in v4):DeprecationWarning"
+    ),
+    pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden by:UserWarning"),
+]
+
 
 def weights(name: str, **changes: Any) -> Weights:
     arch, _, tag = name.partition(".")
