@@ -176,7 +176,8 @@ class PaperLSTM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Class scores."""
         x = self.lstm1(self.embedding(tokens))
-        x = self.norm1(x.transpose(1, 2)).transpose(1, 2)
+        # Contiguous, since torch.compile takes a BatchNorm's output for strided as its input: pytorch/pytorch#192668.
+        x = self.norm1(x.transpose(1, 2).contiguous()).transpose(1, 2)
         x = self.norm2(self.lstm2(x)[:, -1])
         x = self.norm3(torch.tanh(self.fc1(x)))
         return self.fc2(x)

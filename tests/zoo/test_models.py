@@ -15,12 +15,8 @@ from tests.tolerances import assert_close
 NAMES = zoo.list_models()
 # Every depth of a family has the same layers, and the large ones have those of the small ones.
 FAMILIES = ("resnet20", "cnn", "paper_cnn", "paper_lstm", "gru")
-# torch takes a BatchNorm's output for strided as its input, which on CPUs it is not: pytorch/pytorch#192668.
-STRIDED = pytest.mark.xfail(raises=RuntimeError, reason="pytorch/pytorch#192668")
 COMPILED = [
-    pytest.param(name, marks=STRIDED) if name == "paper_lstm_bn" else name
-    for name in NAMES
-    if name.rpartition("_")[0] in FAMILIES or name in ("resnet18_bln", "gru_recurrent_bln")
+    name for name in NAMES if name.rpartition("_")[0] in FAMILIES or name in ("resnet18_bln", "gru_recurrent_bln")
 ]
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
