@@ -537,13 +537,17 @@ class TestDistributed:
         script = tmp_path / "train.py"
         script.write_text(DISTRIBUTED)
         here = Path(__file__).parent
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", str(script), str(tmp_path / "state.pt"), str(sync), start_method],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "CUDA_VISIBLE_DEVICES": ""},
-            cwd=tmp_path,
-        )
+        for _ in range(3):
+            done = subprocess.run(
+                [sys.executable, "-W", "ignore", str(script), str(tmp_path / "state.pt"), str(sync), start_method],
+                capture_output=True,
+                text=True,
+                env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "CUDA_VISIBLE_DEVICES": ""},
+                cwd=tmp_path,
+            )
+            # How a process of torch's own gloo ends now and then on a busy machine, after all work is done.
+            if "terminate called without an active exception" not in done.stderr:
+                break
         assert done.returncode == 0, done.stderr
         state = torch.load(tmp_path / "state.pt", weights_only=True)
         for name, value in self.expected(sync).items():
