@@ -115,8 +115,8 @@ class Weights:
         """
         given = self.metadata["input"]
         if given["kind"] == "text":
-            vocabulary = checked(self.path.parent / given["vocabulary"]).decode("utf-8").split("\n")
-            tokenizer = Tokenizer(vocabulary, given["max_tokens"])
+            vocabulary = checked(self.path.parent / given["vocabulary"])
+            tokenizer = Tokenizer.from_bytes(vocabulary, given["max_tokens"])
             return partial(_of_one_length, tokenizer, given["pad_to"]) if given["pad_to"] else tokenizer
         tensors = self._tensors()
         mean, std = (tensors.get(name) for name in INPUT)

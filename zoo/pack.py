@@ -118,31 +118,33 @@ def pack(
             f"Name, recipe and checkpoint must be of one model, got the name {name!r}, {trained!r} in the recipe and "
             f"{hparams['model']!r} in the checkpoint; call for example --name {hparams['model']}.{tag or 'cifar10'}."
         )
-    other = {key: hparams.get(key) for key, value in settings.items() if key != "weights" and hparams.get(key) != value}
-    if other:
+    changed = {
+        key: hparams.get(key) for key, value in settings.items() if key != "weights" and hparams.get(key) != value
+    }
+    if changed:
         raise ValueError(
-            f"A checkpoint must be of a training by the recipe, got one with {other}, where the recipe has "
-            f"{ {key: settings[key] for key in other} }; train by the recipe, or write a recipe of these settings."
+            f"A checkpoint must be of a training by the recipe, got one with {changed}, where the recipe has "
+            f"{ {key: settings[key] for key in changed} }; train by the recipe, or write a recipe of these settings."
         )
     commit = _commit()
     arguments = {"num_classes": hparams["num_classes"], **(hparams["model_kwargs"] or {})}
     model = create_model(arch, **arguments)
     load_checkpoint_(model, saved["state_dict"])
     search: dict[str, Any] | None = None
+    data.setup("validate")
     if flags is None and bln_layers(model):
-        data.setup("validate")
         search = search_flags(model, data.val_dataloader())
         flags = search["chosen"]
     chosen = _chosen_flags(model, None if flags == "own" else flags)
 
     # The rounded weights replace the others only if they are as accurate; the test data are for the ones that are kept.
-    data.setup("validate")
     exact = stored_tensors(model, torch.float32)
     rounded = stored_tensors(model, torch.float16)
     evaluate = partial(_evaluate, arch, arguments, flags=chosen, data=data)
     metrics, tensors = evaluate("validate", exact), exact
-    if (other := evaluate("validate", rounded))["val_accuracy"] == metrics["val_accuracy"]:
-        metrics, tensors = other, rounded
+    rounded_metrics = evaluate("validate", rounded)
+    if rounded_metrics["val_accuracy"] == metrics["val_accuracy"]:
+        metrics, tensors = rounded_metrics, rounded
     metrics |= evaluate("test", tensors)
 
     *inputs, labels = next(iter(data.test_dataloader()))
@@ -347,13 +349,10 @@ def _vocabulary(data: Any, name: str, folder: Path) -> tuple[str, bytes]:
 
     Weights with one tag share it, unless their vocabularies differ: their training texts may.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "vocabulary.txt"
-        data.tokenizer.save(path)
-        content = path.read_bytes()
-    shared = f"{name.partition('.')[2]}.{path.name}"
+    content = data.tokenizer.to_bytes()
+    shared = f"{name.partition('.')[2]}.vocabulary.txt"
     same = checksums(folder).get(shared) in (None, hashlib.sha256(content).hexdigest())
-    return shared if same else f"{name}.{path.name}", content
+    return shared if same else f"{name}.vocabulary.txt", content
 
 
 def _in_repository(path: Path) -> str:

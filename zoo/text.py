@@ -62,11 +62,20 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | PathLike[str], max_tokens: int | None = None) -> Tokenizer:
         """The vocabulary of a file that `save` wrote."""
-        return cls(Path(path).read_text(encoding="utf-8").split("\n"), max_tokens)
+        return cls.from_bytes(Path(path).read_bytes(), max_tokens)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the vocabulary, a word a line, the most frequent one first."""
-        Path(path).write_text("\n".join(self.vocabulary), encoding="utf-8", newline="\n")
+        Path(path).write_bytes(self.to_bytes())
+
+    @classmethod
+    def from_bytes(cls, content: bytes, max_tokens: int | None = None) -> Tokenizer:
+        """The vocabulary of such a file's content."""
+        return cls(content.decode("utf-8").split("\n"), max_tokens)
+
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes."""
+        return "\n".join(self.vocabulary).encode("utf-8")
 
     def __len__(self) -> int:
         """How many numbers there are, with those for padding and for unknown words."""

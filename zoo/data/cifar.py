@@ -12,15 +12,8 @@ from torch import Tensor
 from torchvision import datasets
 
 from zoo.data.images import Images
-from zoo.data.loader import generator_for
+from zoo.data.loader import fixed_order
 from zoo.data.module import InMemoryDataModule
-
-SPLIT_SEED = 0
-"""Which images are held out, and the order of the test images: always the same, whatever the seed of a run.
-
-The order is a random one: sorted by class, as folders are, whole batches would be of one class, and statistics of the
-mini-batch those of that class.
-"""
 
 
 class _CIFAR(InMemoryDataModule):
@@ -47,8 +40,6 @@ class _CIFAR(InMemoryDataModule):
         self.root, self.download, self.augment, self.standardize = Path(root), download, augment, standardize
         self.validation, self.subset = validation, subset
         self.classes: list[str] = []
-        self.mean: Tensor | None = None
-        self.std: Tensor | None = None
 
     def prepare_data(self) -> None:
         """Download the data if that was asked for."""
@@ -61,7 +52,7 @@ class _CIFAR(InMemoryDataModule):
         if self.mean is not None:
             return
         images, labels = self._read(train=True)
-        order = torch.randperm(len(images), generator=generator_for(SPLIT_SEED))
+        order = torch.tensor(fixed_order(len(images)))
         held_out, kept = order[: self.validation], order[self.validation :][: self.subset]
         dims = (0, 2, 3) if self.standardize == "channel" else (0,)
         # In parts: the images as floats are four times as large. Each is a share of the mean and of the mean square.
@@ -75,7 +66,7 @@ class _CIFAR(InMemoryDataModule):
         self.train = Images(images[kept], labels[kept], self.mean, self.std, padding=padding, seed=self.seed)
         self.val = Images(images[held_out], labels[held_out], self.mean, self.std)
         images, labels = self._read(train=False)
-        order = torch.randperm(len(images), generator=generator_for(SPLIT_SEED))
+        order = torch.tensor(fixed_order(len(images)))
         self.test = Images(images[order], labels[order], self.mean, self.std)
 
     def _check_classes(self, classes: list[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zoo.data.loader import Rows
 from zoo.data.module import InMemoryDataModule
@@ -38,8 +37,6 @@ class Digits(InMemoryDataModule):
         if form not in ("images", "sequences"):
             raise ValueError(f"form must be 'images' or 'sequences', got {form!r}.")
         self.form = form
-        self.mean: Tensor | None = None
-        self.std: Tensor | None = None
 
     def setup(self, stage: str) -> None:
         """Read all images."""

@@ -11,16 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from zoo.data.loader import Draw, Rows, generator_for
+from zoo.data.loader import Draw, Rows, fixed_order
 from zoo.data.module import InMemoryDataModule
 from zoo.text import Tokenizer, pad
-
-SPLIT_SEED = 0
-"""Which reviews are held out, and the order of the test reviews: always the same, whatever the seed of a run.
-
-The order is a random one: sorted by label, as folders are, whole batches would be of one class, and statistics of the
-mini-batch those of that class.
-"""
 
 
 class Reviews(Dataset[Any]):
@@ -68,7 +61,6 @@ class IMDb(InMemoryDataModule):
     Source: Maas, Daly, Pham, Huang, Ng, Potts, "Learning Word Vectors for Sentiment Analysis", 2011.
     """
 
-    mean = std = None
     classes = ("negative", "positive")
 
     def __init__(
@@ -93,14 +85,14 @@ class IMDb(InMemoryDataModule):
         if self.tokenizer is not None:
             return
         texts, labels = self._read("train")
-        order = torch.randperm(len(texts), generator=generator_for(SPLIT_SEED)).tolist()
+        order = fixed_order(len(texts))
         held_out, kept = order[: self.validation], order[self.validation :][: self.subset]
         train_texts = [texts[number] for number in kept]
         self.tokenizer = Tokenizer.from_texts(train_texts, self.vocabulary_size, self.max_tokens)
         self.train = self._dataset(train_texts, labels[kept])
         self.val = self._dataset([texts[number] for number in held_out], labels[held_out])
         texts, labels = self._read("test")
-        order = torch.randperm(len(texts), generator=generator_for(SPLIT_SEED)).tolist()
+        order = fixed_order(len(texts))
         self.test = self._dataset([texts[number] for number in order], labels[order])
 
     def input_metadata(self) -> dict[str, Any]:

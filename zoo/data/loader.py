@@ -29,6 +29,15 @@ def generator_for(seed: int, *numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
+def fixed_order(n: int) -> list[int]:
+    """The numbers below n in a random order that is always the same, whatever the seed of a run.
+
+    For splits, and for test data: sorted by class, as folders are, whole batches would be of one class, and statistics
+    of the mini-batch those of that class.
+    """
+    return torch.randperm(n, generator=generator_for(0)).tolist()
+
+
 class EpochSampler(DistributedSampler[Draw]):
     """`torch.utils.data.DistributedSampler` that yields the epoch with each number, and can start within an epoch.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from zoo.data.loader import BatchSource, ResumableLoader
 
@@ -22,6 +23,9 @@ class InMemoryDataModule(pl.LightningDataModule):
         num_workers: Processes that make batches; 0: this one.
     """
 
+    mean: Tensor | None = None
+    """By which ``setup`` standardised the inputs, and ``std``; None for tokens."""
+    std: Tensor | None = None
     train: BatchSource
     val: BatchSource
     test: BatchSource
