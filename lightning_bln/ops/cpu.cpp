@@ -4,25 +4,22 @@
 //
 //     y = W * w_b * r_b * (x - mu_b) + W * w_f * r_f * (x - mu_f) + bias,     r = 1 / sqrt(var + eps)
 //
-// How. A *slab* is one sample's part of a block of positions, packed into the accumulation type A (float, or double
-// for double input) so that its rows are whole vectors:
+// How. A *key* is a place (c, p) of a sample, or a feature c where statistics are per channel: batch statistics are
+// reductions over samples, key by key. Feature statistics are reductions within a sample. Two engines, by layout:
 //
-//     features outside (x contiguous as N, C, P):    slab[c][lane], lane = position      (FeaturesLast = false)
-//     features inside  (x contiguous as N, P, C):    slab[row][c],  row  = position      (FeaturesLast = true)
-//
-// Packing also spares the caches: samples lie a power of two apart as a rule, and would otherwise evict each other.
-// A *key* is a place in a slab: batch statistics are reductions over slabs, key by key. Feature statistics are
-// reductions within a slab.
-//
-// Two plans:
-//   fused   Per-position statistics make blocks of positions independent. If all N slabs of a block fit the cache, x is
-//           read from memory once and y written once: pack, reduce both ways, normalise.
-//   split   Otherwise (per-channel statistics, few positions, very large N * C) tasks own ranges of samples and of
-//           blocks: each reduces its part, the parts are merged in a fixed order, and x is read again to normalise.
+//   Inside   Features lie inside, x is N, P, C in memory: dense input, sequences, channels_last images. A *slab* is one
+//            sample's part of a block of positions, [row][c], row = position. It is read where it lies, or packed into
+//            the accumulation type A (float, or double for double input) so that rows are whole vectors.
+//              fused   Per-position statistics make blocks of positions independent. If all N slabs of a block fit the
+//                      cache, x is read from memory once and y written once: reduce both ways, normalise.
+//              split   Otherwise (per-channel statistics, few positions, very large N * C) tasks own ranges of samples
+//                      and of blocks: each reduces its part, the parts are merged in a fixed order, and x is read
+//                      again to normalise.
+//   Outside  Features lie outside, x is N, C, P in memory: contiguous images. See there.
 //
 // Nothing depends on which thread runs a task, only on how many tasks there are: results repeat bit for bit.
-// Variances are sums around a mean, never of raw squares, and means that were rounded are corrected by the sum around
-// them.
+// Variances are sums around a mean or a value near it, never of raw squares, and means that were rounded are corrected by
+// the sum around them.
 
 #if LIGHTNING_BLN_PART == 0  // PyTorch's headers take longer to read than the engines to compile
 #include <torch/csrc/stable/library.h>
@@ -97,9 +94,6 @@ template <class A>
 using Vec = typename VectorOf<A>::type;
 template <class A>
 constexpr int kLanes = kVectorBytes / int(sizeof(A));
-// Lanes of a slab's row where positions are inside: one cache line of float32.
-template <class A>
-constexpr int kRow = int(kLine / sizeof(A)) > kLanes<A> ? int(kLine / sizeof(A)) : kLanes<A>;
 
 template <class A>
 inline Vec<A> splat(A value) {
@@ -123,6 +117,48 @@ inline A sum_lanes(Vec<A> v) {
   A total = v[0];
   for (int i = 1; i < kLanes<A>; ++i) total += v[i];
   return total;
+}
+
+// The sum over the lanes, by pairwise additions.
+template <class A, int Width, size_t... I>
+inline Vec<A> swap_lanes(Vec<A> v, std::index_sequence<I...>) {
+  return __builtin_shuffle(v, typename VectorOf<A>::bits{(I ^ size_t(Width))...});
+}
+template <class A, int Width = kLanes<A> / 2>
+inline A sum_all(Vec<A> v) {
+  v += swap_lanes<A, Width>(v, std::make_index_sequence<size_t(kLanes<A>)>());
+  if constexpr (Width > 1) return sum_all<A, Width / 2>(v);
+  return v[0];
+}
+
+// The first `count` lanes, zeros beyond.
+template <class A, size_t... I>
+inline Vec<A> first_lanes(Vec<A> v, int count, std::index_sequence<I...>) {
+  using Bits = typename VectorOf<A>::bits;
+  using Lane = std::remove_reference_t<decltype(Bits{}[0])>;
+  const Bits index = {I...};
+  return (Vec<A>)((Bits)v & (Bits)(index < Lane(count) - Bits{}));
+}
+template <class A>
+inline Vec<A> only(Vec<A> v, int count) {
+  return first_lanes<A>(v, count, std::make_index_sequence<size_t(kLanes<A>)>());
+}
+
+// The first `count` lanes, fewer than all, to memory.
+template <class A, int Width = kLanes<A> / 2>
+inline void put_lanes(A* p, const A* lanes, int count) {
+  if (count & Width) {
+    std::memcpy(p, lanes, Width * sizeof(A));
+    p += Width;
+    lanes += Width;
+  }
+  if constexpr (Width > 1) put_lanes<A, Width / 2>(p, lanes, count);
+}
+template <class A>
+inline void put_part(A* p, Vec<A> v, int count) {
+  A lanes[kLanes<A>];
+  put<A>(lanes, v);
+  put_lanes<A>(p, lanes, count);
 }
 
 // Lane i of the result takes partial sums from the first vector where bit `Width` of i is 0, else from the second.
@@ -230,7 +266,8 @@ class Scratch {
  public:
   template <class A>
   A* take(int64_t count) {
-    const size_t bytes = (size_t(count) * sizeof(A) + kLine - 1) / kLine * kLine;
+    // Arrays of one size should not lie a multiple of a page apart: their like values would share a set of the first cache.
+    const size_t bytes = (size_t(count) * sizeof(A) + kLine - 1) / kLine * kLine + 5 * kLine;
     used_ += bytes;
     if (used_ > size_) {
       // Earlier pieces stay valid until the next reset.
@@ -333,10 +370,9 @@ struct Side {
   Statistic<A> used_var() const { return var.data ? var : Statistic<A>{own_var, si, sp}; }
 };
 
-// How rows of a tensor lie in memory and in slabs, in values. Where positions are inside, a row of `count` values is
-// packed in pieces of kRow values, `piece_stride` apart.
+// How rows of a tensor lie in memory and packed, in values.
 struct RowShape {
-  int64_t rows, count, memory_stride, slab_stride, piece_stride;
+  int64_t rows, count, memory_stride, slab_stride;
   int64_t ahead;  // from a value to the one that is wanted soon after
 };
 
@@ -356,36 +392,23 @@ inline void each_vector(int64_t count, const Whole& whole, const Part& part) {
   if (end < count) part(end, int(count - end));
 }
 
-template <class T, class A, bool FeaturesLast>
+template <class T, class A>
 void load_rows(const char* from, const RowShape& shape, A* to) {
   const RowShape s = shape;
   constexpr int L = kLanes<A>;
-  constexpr int64_t R = kRow<A>;
   const T* row = reinterpret_cast<const T*>(from);
   for (int64_t r = 0; r < s.rows; ++r, row += s.memory_stride, to += s.slab_stride) {
-    // Rows or samples are far apart: hardware does not see the next ones coming.
-    auto whole = [&](const T* source, A* target) {
-      __builtin_prefetch(source + s.ahead);
-      put<A>(target, Memory<T, A>::load(source));
-    };
-    if constexpr (FeaturesLast) {
-      each_vector<L>(
-          s.count, [&](int64_t i) { whole(row + i, to + i); }, [&](int64_t i, int n) { put<A>(to + i, load_part<T, A>(row + i, n)); });
-    } else {
-      A* piece = to;
-      int64_t j = 0;
-      for (; j + R <= s.count; j += R, piece += s.piece_stride) {
-#pragma GCC unroll 8
-        for (int i = 0; i < R; i += L) whole(row + j + i, piece + i);
-      }
-      each_vector<L>(
-          s.count - j, [&](int64_t i) { whole(row + j + i, piece + i); },
-          [&](int64_t i, int n) { put<A>(piece + i, load_part<T, A>(row + j + i, n)); });
-    }
+    each_vector<L>(
+        s.count,
+        [&](int64_t i) {
+          // Rows or samples are far apart: hardware does not see the next ones coming.
+          __builtin_prefetch(row + i + s.ahead);
+          put<A>(to + i, Memory<T, A>::load(row + i));
+        },
+        [&](int64_t i, int n) { put<A>(to + i, load_part<T, A>(row + i, n)); });
   }
 }
 
-// One piece of each row.
 template <class T, class A>
 void store_rows(const A* from, const RowShape& shape, char* to) {
   const RowShape s = shape;
@@ -404,13 +427,15 @@ struct Problem {
   int64_t sn, sc, sp;  // element strides of x, y and their gradients
   bool per_channel, same_type;  // same_type: x's type is A
   A eps, w_f, w_b, scale;  // scale = 1 / sqrt(C)
+  double exact_w_b;
   const char* x = nullptr;
   const char* g = nullptr;
   char* out = nullptr;
   Rows<A> rows;
   const A* W = nullptr;     // weight * scale, padded with zeros to whole vectors
-  const A* bias = nullptr;  // likewise
-  const A* real = nullptr;  // 1 for each feature, likewise
+  const double* exact_W = nullptr;  // not rounded, for values of which there are few
+  const A* bias = nullptr;  // as W
+  const A* real = nullptr;  // 1 for each feature, as W
   Side<A> batch, feature;
   A* grad_weight = nullptr;
   A* grad_bias = nullptr;
@@ -430,62 +455,102 @@ struct Moments {
   }
 };
 
+// factor / sqrt(var + eps); the two may be one array.
+template <class A>
+BLN_VECTORIZE void to_rstd(const A* var, A* rstd, int64_t count, A eps, A factor = A(1)) {
+  for (int64_t i = 0; i < count; ++i) rstd[i] = factor / std::sqrt(var[i] + eps);
+}
+
+// The same, rounded once.
+template <class A>
+BLN_VECTORIZE void to_scale(const A* var, A* scale, int64_t count, double eps, double factor) {
+  for (int64_t i = 0; i < count; ++i) scale[i] = A(factor / std::sqrt(double(var[i]) + eps));
+}
+
+// Moments for each key over the samples so far, kept around a value near their mean: Chan's update by a few at a time.
+template <class A>
+struct RunningMoments {
+  using V = Vec<A>;
+  A *shift, *mean, *squares;
+  int64_t count = 0;
+  A share = 0, weight = 0;
+
+  void restart() { count = 0; }
+  // N values are about to be added at each key.
+  void begin(int n) {
+    share = A(n) / A(count + n);
+    weight = A(count) * share;
+    count += n;
+  }
+  template <int N>
+  void add(int64_t k, const V* values) {
+    const V s = get<A>(shift + k), old = get<A>(mean + k);
+    V d[N], sum{}, spread{};
+#pragma GCC unroll 8
+    for (int u = 0; u < N; ++u) sum += d[u] = values[u] - s;
+    const V m = sum * A(1.0 / N);
+#pragma GCC unroll 8
+    for (int u = 0; u < N; ++u) spread += (d[u] - m) * (d[u] - m);
+    const V delta = m - old;
+    put<A>(mean + k, old + delta * share);
+    put<A>(squares + k, get<A>(squares + k) + (spread + delta * delta * weight));
+  }
+};
+
+// Nothing of it.
+template <class A>
+struct NoMoments {
+  void begin(int) {}
+  template <int N>
+  void add(int64_t, const Vec<A>*) {}
+};
+
 // ----------------------------------------------------------------------------------------------------- slab passes
 
 // Everything the passes know about one block of positions: [first, first + width) and how a slab of it is laid out.
-template <class A, bool FeaturesLast>
+template <class A>
 struct Block {
   using V = Vec<A>;
   static constexpr int L = kLanes<A>;
-  static constexpr int R = kRow<A>;
-  static constexpr int RV = R / L;
 
   const Problem<A>& p;
   int64_t first, width;
-  int64_t padded;    // FeaturesLast: C rounded up to whole vectors
-  int64_t slab;      // elements of a slab
-  int64_t features;  // feature statistics of a slab (of which `width` are real)
-  int64_t key_row;   // FeaturesLast: keys from one row to the next; 0 where all rows share them
-  int64_t keys;      // batch statistics of a block
+  int64_t padded;   // C rounded up to whole vectors
+  int64_t slab;     // from one sample's slab to the next
+  int64_t key_row;  // keys from one row to the next; 0 where all rows share them
+  int64_t keys;     // batch statistics of a block
 
   Block(const Problem<A>& problem, int64_t first_, int64_t width_) : p(problem), first(first_), width(width_) {
     padded = ceil_div(p.C, L) * L;
-    slab = FeaturesLast ? width * padded : p.C * R;
-    features = FeaturesLast ? width : R;
-    key_row = FeaturesLast && !p.per_channel ? padded : 0;
-    keys = FeaturesLast ? (p.per_channel ? padded : width * padded) : p.C * R;
+    slab = in_place() ? p.sn : width * padded;
+    key_row = p.per_channel ? 0 : padded;
+    keys = p.per_channel ? padded : width * padded;
   }
 
-  int64_t groups() const { return FeaturesLast ? 1 : ceil_div(width, R); }
-  // Where positions are inside, a block is worked on in groups of one row's width, each with its own slabs.
-  Block group(int64_t i) const {
-    if constexpr (FeaturesLast) {
-      return *this;
-    } else {
-      return Block(p, first + i * R, std::min<int64_t>(R, width - i * R));
-    }
-  }
+  // Whether x lies in memory as in slabs.
+  bool in_place() const { return p.same_type && (p.sp == p.C || p.P == 1) && p.C == padded; }
 
   // --- moving data
 
   // Of the block's first value of sample n, in x and in the output.
-  int64_t offset(int64_t n) const { return n * p.sn + first * (FeaturesLast ? p.sp : 1); }
+  int64_t offset(int64_t n) const { return n * p.sn + first * p.sp; }
 
-  // Packs n slabs from sample n0; group i of them at slabs + i * group_stride.
-  void pack(const char* from, int64_t n0, int64_t n, A* slabs, int64_t group_stride) const {
-    const RowShape shape = row_shape(group_stride);
-    for (int64_t i = 0; i < n; ++i) p.rows.load(from + offset(n0 + i) * p.rows.size, shape, slabs + i * slab);
-    if (!FeaturesLast && width % R) clear_beyond(n, slabs, group_stride);
+  // n slabs from sample n0: where they lie, or packed into `room`.
+  A* read(const char* from, int64_t n0, int64_t n, A* room) const {
+    if (in_place()) return const_cast<A*>(reinterpret_cast<const A*>(from)) + offset(n0);
+    const RowShape shape = row_shape();
+    for (int64_t i = 0; i < n; ++i) p.rows.load(from + offset(n0 + i) * p.rows.size, shape, room + i * slab);
+    return room;
   }
 
-  // The other way, of one group: to the output.
+  // The other way: to the output.
   void unpack(const A* slabs, int64_t n0, int64_t n) const {
-    const RowShape shape = row_shape(0);
+    const RowShape shape = row_shape();
     for (int64_t i = 0; i < n; ++i) p.rows.store(slabs + i * slab, shape, p.out + offset(n0 + i) * p.rows.size);
   }
 
-  // Whether results of a group can go straight to the output: same type, whole vectors.
-  bool direct() const { return p.same_type && (FeaturesLast ? p.C == padded : width == R); }
+  // Whether results can go straight to the output: same type, whole vectors.
+  bool direct() const { return p.same_type && p.C == padded; }
 
   // Where results go: rows of sample i at base + i * n + row * stride.
   struct Target {
@@ -493,53 +558,39 @@ struct Block {
     int64_t n, row;
   };
   Target target(A* slabs, int64_t n0) const {
-    if (direct()) return {reinterpret_cast<A*>(p.out) + offset(n0), p.sn, FeaturesLast ? p.sp : p.sc};
-    return {slabs, slab, FeaturesLast ? padded : R};
+    if (direct()) return {reinterpret_cast<A*>(p.out) + offset(n0), p.sn, p.sp};
+    return {slabs, slab, padded};
   }
 
-  // --- the statistics, in two passes over n slabs
+  // --- the statistics
 
-  // Means over the features, and, if WithBatch, total[k] += sum over the slabs of x.
-  template <bool WithBatch>
-  void first_pass(const A* x, int64_t n, A* mean_f, A* total) const {
-    clear_features(n, {mean_f});
-    each_tile(n, [&](auto count, int64_t i, Range c) { first_some<count, WithBatch>(x + i * slab, mean_f + i * features, total, c); });
-    const A inverse = A(1) / A(p.C);
-    for (int64_t i = 0; i < n * features; ++i) mean_f[i] *= inverse;
-  }
-
-  // Biased variances over the features, and the means again: the first pass rounds sums as large as the data, this one
-  // sums deviations, which cost nothing more here. If WithBatch, the same for each key: total[k] += sum over the slabs
-  // of x - mean_b[k], squares[k] += sum of its square.
-  // off_f: room for n slabs' features.
-  template <bool WithBatch>
-  void second_pass(const A* x, int64_t n, A* mean_f, A* off_f, A* var_f, const A* mean_b, A* total, A* squares) const {
-    clear_features(n, {var_f, off_f});
-    each_tile(n, [&](auto count, int64_t i, Range c) {
-      second_some<count, WithBatch>(x + i * slab, mean_f + i * features, off_f + i * features, var_f + i * features, mean_b, total, squares, c);
+  // Means and biased variances over the features of n slabs, and, into `batch`, what it takes of the values at each key.
+  template <class Batch>
+  void moments(const A* x, int64_t n, Batch& batch, A* mean_f, A* var_f) const {
+    each_group(n, [&](auto count, int64_t i) {
+      if (key_row) batch.begin(count);
+      // So few rows at a time that the first cache holds them for the second pass.
+      for (int64_t r = 0; r < width; r += L) {
+        moments_some<count>(x + i * slab, batch, {r, std::min(r + L, width)}, mean_f + i * width, var_f + i * width);
+      }
     });
-    const A inverse = A(1) / A(p.C);
-    for (int64_t i = 0; i < n * features; ++i) {
-      const A d = off_f[i] * inverse;
-      mean_f[i] += d;
-      var_f[i] = var_f[i] * inverse - d * d;
-    }
   }
 
   // --- the two results
 
   // y of n slabs, with the normalisation's terms for each key (mean_b, scale_b) and each feature statistic
-  // (mean_f, rstd_f), the latter `features` apart from slab to slab.
+  // (mean_f, rstd_f), the latter `width` apart from slab to slab.
   void normalise(const A* x, const Target& out, int64_t n, const A* mean_b, const A* scale_b, const A* mean_f, const A* rstd_f) const {
-    each_tile(n, [&](auto count, int64_t i, Range c) {
-      normalise_some<count>(x + i * slab, {out.base + i * out.n, out.n, out.row}, mean_b, scale_b, mean_f + i * features, rstd_f + i * features, c);
+    each_group(n, [&](auto count, int64_t i) {
+      normalise_some<count>(x + i * slab, {out.base + i * out.n, out.n, out.row}, mean_b, scale_b, mean_f + i * width, rstd_f + i * width);
     });
   }
 
-  // What the gradient of a slab's feature part is made of; arrays of `features` values a slab. With G = g * W * w_f:
+  // What the gradient of a slab's feature part is made of; arrays of `width` values a slab. With G = g * W * w_f:
   struct FeatureTerms {
     A *center, *rstd, *offset;  // offset = rstd * (center - used mean)
     A *sum, *sum_deviation;     // sums over c of G and of G * (x - center)
+    FeatureTerms at(int64_t i) const { return {center + i, rstd + i, offset + i, sum + i, sum_deviation + i}; }
   };
 
   // Sums over the slabs for each key: of g, g * (x - center), g * normalised feature part, and two of x alone.
@@ -552,8 +603,11 @@ struct Block {
 
   // The reductions of the backward pass: sets the slabs' feature sums, adds to the sums for each key.
   void reduce(const A* x, const A* g, int64_t n, const A* center_b, const BatchSums& sums, const FeatureTerms& f) const {
-    clear_features(n, {f.sum, f.sum_deviation});
-    each_tile(n, [&](auto count, int64_t i, Range c) { reduce_some<count>(x + i * slab, g + i * slab, center_b, sums, f, i * features, c); });
+    each_group(n, [&](auto count, int64_t i) {
+      for (int64_t r = 0; r < width; r += L) {
+        reduce_some<count>(x + i * slab, g + i * slab, center_b, sums, f, i * width, {r, std::min(r + L, width)});
+      }
+    });
   }
 
   // The gradient's terms for each key: dx = g * (scale + rstd_f * W * w_f) - (x - center) * slope - offset - ...
@@ -563,433 +617,207 @@ struct Block {
 
   // dx of n slabs. Of f: center and rstd, sum and sum_deviation turned into what is taken off by `finish_features`.
   void differentiate(const A* x, const A* g, const Target& out, int64_t n, const BatchTerms& b, const FeatureTerms& f) const {
-    each_tile(n, [&](auto count, int64_t i, Range c) {
-      differentiate_some<count>(x + i * slab, g + i * slab, {out.base + i * out.n, out.n, out.row}, b, f, i * features, c);
+    each_group(n, [&](auto count, int64_t i) {
+      differentiate_some<count>(x + i * slab, g + i * slab, {out.base + i * out.n, out.n, out.row}, b, f, i * width);
     });
   }
 
  private:
-  // f(slabs at once, first of them, features): slabs by fours or twos, so that what belongs to keys is read once for
-  // them all, and, where positions are inside, so many features at a time that their keys stay in the first cache.
+  // f(slabs at once, first of them): by fours, so that what belongs to keys is read once for them all.
   template <class F>
-  void each_tile(int64_t n, const F& f) const {
-    constexpr int U = std::is_same_v<A, double> ? 1 : FeaturesLast ? 4 : 2;  // float64 is not worth more code
-    const int64_t tile = FeaturesLast ? p.C : std::max<int64_t>(1, 512 / R);
-    for (int64_t c = 0; c < p.C; c += tile) {
-      const Range features_ = {c, std::min(c + tile, p.C)};
-      int64_t i = 0;
-      for (; i + U <= n; i += U) f(std::integral_constant<int, U>(), i, features_);
-      for (; U > 1 && i < n; ++i) f(std::integral_constant<int, 1>(), i, features_);
-    }
+  void each_group(int64_t n, const F& f) const {
+    constexpr int U = std::is_same_v<A, double> ? 1 : 4;  // float64 is not worth more code
+    int64_t i = 0;
+    for (; i + U <= n; i += U) f(std::integral_constant<int, U>(), i);
+    for (; U > 1 && i < n; ++i) f(std::integral_constant<int, 1>(), i);
   }
 
-  void clear_features(int64_t n, std::initializer_list<A*> arrays) const {
-    for (A* array : arrays) std::fill(array, array + n * features, A(0));
+  RowShape row_shape() const {
+    if (p.sp == p.C && p.C == padded) return {1, width * p.C, 0, 0, p.sn};
+    return {width, p.C, p.sp, padded, p.sn};
   }
-
-  RowShape row_shape(int64_t group_stride) const {
-    if constexpr (FeaturesLast) {
-      if (p.sp == p.C && p.C == padded) return {1, width * p.C, 0, 0, 0, p.sn};
-      return {width, p.C, p.sp, padded, 0, p.sn};
-    }
-    return {p.C, width, p.sc, R, group_stride, 4 * p.sc};
-  }
-
-  // Lanes beyond the last position: zeros, so that nothing there is read before it is written.
-  void clear_beyond(int64_t n, A* slabs, int64_t group_stride) const {
-    const int64_t from = ceil_div(width % R, L) * L;
-    if (from == R) return;
-    A* last = slabs + width / R * group_stride;
-    for (int64_t i = 0; i < n * p.C; ++i) std::fill(last + i * R + from, last + (i + 1) * R, A(0));
-  }
-
-  static V sum_over(const V* v, std::integral_constant<int, 1>) { return v[0]; }
-  static V sum_over(const V* v, std::integral_constant<int, 2>) { return v[0] + v[1]; }
-  static V sum_over(const V* v, std::integral_constant<int, 4>) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
   static void add_to(A* total, V v) { put<A>(total, get<A>(total) + v); }
 
-  // Sums over rows (features last), `Sums` of them, of what `term(row, c, terms)` gives for U slabs; lanes beyond C count
-  // nothing. Then done(slab, first row, rows, sums): a vector holds one sum of kLanes rows.
+  // Sums over each of at most kLanes rows, `Sums` of them, of what `term(row, c, terms)` gives for U slabs; lanes beyond C
+  // count nothing. Then done(slab, sums): a vector holds one sum of all rows.
   template <int U, int Sums, class Term, class Done>
-  void each_row_sum(const Term& term, const Done& done) const {
-    const int64_t whole = p.C / L * L, width = this->width;
-    const int tail = int(p.C - whole);
+  void row_sums(const Range& range, const Term& term, const Done& done) const {
+    const int64_t whole = p.C / L * L, first = range.begin;
+    const int rows = int(range.size()), tail = int(p.C - whole);
     const V real = tail ? get<A>(p.real + whole) : V{};
-    for (int64_t r0 = 0; r0 < width; r0 += L) {
-      const int rows = int(std::min<int64_t>(L, width - r0));
-      V sums[U][Sums][L];
-      for (int u = 0; u < U; ++u) {
-        for (int s = 0; s < Sums; ++s) {
-          for (int i = rows; i < L; ++i) sums[u][s][i] = V{};
-        }
+    V sums[U][Sums][L];
+    for (int u = 0; u < U; ++u) {
+      for (int s = 0; s < Sums; ++s) {
+        for (int i = rows; i < L; ++i) sums[u][s][i] = V{};
       }
-      for (int i = 0; i < rows; ++i) {
-        V acc[U][Sums] = {};
-        for (int64_t c = 0; c < whole; c += L) {
-          V terms[U][Sums];
-          term(r0 + i, c, terms);
-#pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) {
-#pragma GCC unroll 8
-            for (int s = 0; s < Sums; ++s) acc[u][s] += terms[u][s];
-          }
-        }
-        if (tail) {
-          V terms[U][Sums];
-          term(r0 + i, whole, terms);
-#pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) {
-#pragma GCC unroll 8
-            for (int s = 0; s < Sums; ++s) acc[u][s] += real * terms[u][s];
-          }
-        }
+    }
+    for (int i = 0; i < rows; ++i) {
+      V acc[U][Sums] = {};
+      for (int64_t c = 0; c < whole; c += L) {
+        V terms[U][Sums];
+        term(first + i, c, terms);
 #pragma GCC unroll 8
         for (int u = 0; u < U; ++u) {
 #pragma GCC unroll 8
-          for (int s = 0; s < Sums; ++s) sums[u][s][i] = acc[u][s];
+          for (int s = 0; s < Sums; ++s) acc[u][s] += terms[u][s];
         }
       }
+      if (tail) {
+        V terms[U][Sums];
+        term(first + i, whole, terms);
+#pragma GCC unroll 8
+        for (int u = 0; u < U; ++u) {
+#pragma GCC unroll 8
+          for (int s = 0; s < Sums; ++s) acc[u][s] += real * terms[u][s];
+        }
+      }
+#pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
-        V totals[Sums];
-        for (int s = 0; s < Sums; ++s) totals[s] = sum_each<A>(sums[u][s]);
-        done(u, r0, rows, totals);
+#pragma GCC unroll 8
+        for (int s = 0; s < Sums; ++s) sums[u][s][i] = acc[u][s];
       }
     }
+    for (int u = 0; u < U; ++u) {
+      V totals[Sums];
+      for (int s = 0; s < Sums; ++s) totals[s] = sum_each<A>(sums[u][s]);
+      done(u, totals);
+    }
+  }
+
+  static void put_rows(A* to, V v, const Range& rows) {
+    if (rows.size() == L) return put<A>(to, v);
+    put_part<A>(to, v, int(rows.size()));
   }
 
   // In the passes below, sizes and pointers are copied to local variables first: stores through A* could otherwise be
   // taken to change the members, which would be read again for every vector.
 
-  template <int U, bool WithBatch>
-  void first_some(const A* x, A* sum_f, A* total, Range tile) const {
-    using Count = std::integral_constant<int, U>;
-    const int64_t slab = this->slab, padded = this->padded, features = this->features;
-    if constexpr (FeaturesLast) {
-      each_row_sum<U, 1>(
-          [&](int64_t r, int64_t c, V(&terms)[U][1]) {
-            V values[U];
-            const int64_t k = r * padded + c;
-#pragma GCC unroll 8
-            for (int u = 0; u < U; ++u) terms[u][0] = values[u] = get<A>(x + u * slab + k);
-            if constexpr (WithBatch) add_to(total + k, sum_over(values, Count()));
-          },
-          [&](int u, int64_t r0, int rows, V(&sums)[1]) {
-            for (int i = 0; i < rows; ++i) sum_f[u * features + r0 + i] = sums[0][i];
-          });
-    } else {
-      V acc[U][RV] = {};
-      for (int64_t c = tile.begin; c < tile.end; ++c) {
-#pragma GCC unroll 8
-        for (int v = 0; v < RV; ++v) {
-          const int64_t k = c * R + v * L;
+  template <int U, class Batch>
+  void moments_some(const A* x, Batch& batch, const Range& rows, A* mean_f, A* var_f) const {
+    const int64_t slab = this->slab, padded = this->padded, width = this->width, key_row = this->key_row;
+    const A inverse = A(1) / A(p.C);
+    A means[U][L];
+    row_sums<U, 1>(
+        rows,
+        [&](int64_t r, int64_t c, V(&terms)[U][1]) {
           V values[U];
+          const A* at = x + r * padded + c;
 #pragma GCC unroll 8
           for (int u = 0; u < U; ++u) {
-            values[u] = get<A>(x + u * slab + k);
-            acc[u][v] += values[u];
+            __builtin_prefetch(at + (u + U) * slab);
+            terms[u][0] = values[u] = get<A>(at + u * slab);
           }
-          if constexpr (WithBatch) add_to(total + k, sum_over(values, Count()));
-        }
-      }
-#pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) {
-#pragma GCC unroll 8
-        for (int v = 0; v < RV; ++v) add_to(sum_f + u * features + v * L, acc[u][v]);
-      }
-    }
-  }
-
-  template <int U, bool WithBatch>
-  void second_some(const A* x, const A* mean_f, A* sum_f, A* square_f, const A* mean_b, A* total, A* squares, Range tile) const {
-    using Count = std::integral_constant<int, U>;
-    const int64_t slab = this->slab, padded = this->padded, features = this->features;
-    // Batch deviations of U slabs at key k.
-    auto add_batch = [&](int64_t k, const V* values) {
-      if constexpr (WithBatch) {
-        const V m = get<A>(mean_b + k);
-        V d[U], q[U];
-#pragma GCC unroll 8
-        for (int u = 0; u < U; ++u) {
-          d[u] = values[u] - m;
-          q[u] = d[u] * d[u];
-        }
-        add_to(total + k, sum_over(d, Count()));
-        add_to(squares + k, sum_over(q, Count()));
-      }
-    };
-    if constexpr (FeaturesLast) {
-      each_row_sum<U, 2>(
-          [&](int64_t r, int64_t c, V(&terms)[U][2]) {
-            V values[U];
-            const int64_t k = r * padded + c;
-#pragma GCC unroll 8
-            for (int u = 0; u < U; ++u) {
-              values[u] = get<A>(x + u * slab + k);
-              terms[u][0] = values[u] - splat<A>(mean_f[u * features + r]);
-              terms[u][1] = terms[u][0] * terms[u][0];
-            }
-            add_batch(k, values);
-          },
-          [&](int u, int64_t r0, int rows, V(&sums)[2]) {
-            for (int i = 0; i < rows; ++i) {
-              sum_f[u * features + r0 + i] = sums[0][i];
-              square_f[u * features + r0 + i] = sums[1][i];
-            }
-          });
-    } else {
-      V acc[U][RV] = {}, deviations[U][RV] = {};
-      for (int64_t c = tile.begin; c < tile.end; ++c) {
-#pragma GCC unroll 8
-        for (int v = 0; v < RV; ++v) {
-          const int64_t k = c * R + v * L;
-          V values[U];
+          if (!key_row && c == 0) batch.begin(U);
+          batch.template add<U>(r * key_row + c, values);
+        },
+        [&](int u, V(&sums)[1]) { put<A>(means[u], sums[0] * inverse); });
+    // The first pass rounds sums as large as the data; this one sums deviations, which cost nothing more here.
+    row_sums<U, 2>(
+        rows,
+        [&](int64_t r, int64_t c, V(&terms)[U][2]) {
 #pragma GCC unroll 8
           for (int u = 0; u < U; ++u) {
-            values[u] = get<A>(x + u * slab + k);
-            const V d = values[u] - get<A>(mean_f + u * features + v * L);
-            deviations[u][v] += d;
-            acc[u][v] += d * d;
+            terms[u][0] = get<A>(x + u * slab + r * padded + c) - splat<A>(means[u][r - rows.begin]);
+            terms[u][1] = terms[u][0] * terms[u][0];
           }
-          add_batch(k, values);
-        }
-      }
-#pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) {
-#pragma GCC unroll 8
-        for (int v = 0; v < RV; ++v) {
-          add_to(sum_f + u * features + v * L, deviations[u][v]);
-          add_to(square_f + u * features + v * L, acc[u][v]);
-        }
-      }
-    }
+        },
+        [&](int u, V(&sums)[2]) {
+          const V d = sums[0] * inverse;
+          put_rows(mean_f + u * width + rows.begin, get<A>(means[u]) + d, rows);
+          put_rows(var_f + u * width + rows.begin, sums[1] * inverse - d * d, rows);
+        });
   }
 
   template <int U>
-  void normalise_some(const A* x, const Target out, const A* mean_b, const A* scale_b, const A* mean_f, const A* rstd_f, Range tile) const {
-    const int64_t slab = this->slab, padded = this->padded, features = this->features, width = this->width;
+  void normalise_some(const A* x, const Target out, const A* mean_b, const A* scale_b, const A* mean_f, const A* rstd_f) const {
+    const int64_t slab = this->slab, padded = this->padded, width = this->width;
     const A *W_all = p.W, *bias_all = p.bias;
-    if constexpr (FeaturesLast) {
-      for (int64_t r = 0; r < width; ++r) {
-        const A *keys_mean = mean_b + r * key_row, *keys_scale = scale_b + r * key_row, *row = x + r * padded;
-        A* to = out.base + r * out.row;
-        V mf[U], rf[U];
-#pragma GCC unroll 8
-        for (int u = 0; u < U; ++u) {
-          mf[u] = splat<A>(mean_f[u * features + r]);
-          rf[u] = splat<A>(rstd_f[u * features + r] * p.w_f);
-        }
-        for (int64_t c = 0; c < padded; c += L) {
-          const V mb = get<A>(keys_mean + c), sb = get<A>(keys_scale + c), W = get<A>(W_all + c), bias = get<A>(bias_all + c);
-#pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) {
-            const V value = get<A>(row + u * slab + c);
-            put<A>(to + u * out.n + c, (value - mb) * sb + ((value - mf[u]) * rf[u] * W + bias));
-          }
-        }
-      }
-    } else {
-      V mf[U][RV], rf[U][RV];
+    for (int64_t r = 0; r < width; ++r) {
+      const A *keys_mean = mean_b + r * key_row, *keys_scale = scale_b + r * key_row, *row = x + r * padded;
+      A* to = out.base + r * out.row;
+      V mf[U], rf[U];
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
-#pragma GCC unroll 8
-        for (int v = 0; v < RV; ++v) {
-          mf[u][v] = get<A>(mean_f + u * features + v * L);
-          rf[u][v] = get<A>(rstd_f + u * features + v * L) * p.w_f;
-        }
+        mf[u] = splat<A>(mean_f[u * width + r]);
+        rf[u] = splat<A>(rstd_f[u * width + r] * p.w_f);
       }
-      for (int64_t c = tile.begin; c < tile.end; ++c) {
-        const V W = splat<A>(W_all[c]), bias = splat<A>(bias_all[c]);
-        A* to = out.base + c * out.row;
+      for (int64_t c = 0; c < padded; c += L) {
+        const V mb = get<A>(keys_mean + c), sb = get<A>(keys_scale + c), W = get<A>(W_all + c), bias = get<A>(bias_all + c);
 #pragma GCC unroll 8
-        for (int v = 0; v < RV; ++v) {
-          const int64_t k = c * R + v * L;
-          const V mb = get<A>(mean_b + k), sb = get<A>(scale_b + k);
-#pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) {
-            const V value = get<A>(x + u * slab + k);
-            put<A>(to + u * out.n + v * L, (value - mb) * sb + ((value - mf[u][v]) * rf[u][v] * W + bias));
-          }
+        for (int u = 0; u < U; ++u) {
+          const V value = get<A>(row + u * slab + c);
+          put<A>(to + u * out.n + c, (value - mb) * sb + ((value - mf[u]) * rf[u] * W + bias));
         }
       }
     }
   }
 
   template <int U>
-  void reduce_some(const A* x, const A* g, const A* center_b, const BatchSums sums, const FeatureTerms f, int64_t f0, Range tile) const {
-    const int64_t slab = this->slab, padded = this->padded, features = this->features, key_row = this->key_row;
+  void reduce_some(const A* x, const A* g, const A* center_b, const BatchSums sums, const FeatureTerms f, int64_t f0, const Range& rows) const {
+    const int64_t slab = this->slab, padded = this->padded, width = this->width, key_row = this->key_row;
     const A* W_all = p.W;
-    if constexpr (FeaturesLast) {
-      each_row_sum<U, 2>(
-          [&](int64_t r, int64_t c, V(&terms)[U][2]) {
-            const int64_t k = r * padded + c, key = r * key_row + c, at = f0 + r;
-            const V cb = get<A>(center_b + key), W = get<A>(W_all + c);
-            V sg{}, sgd{}, sgf{}, sd{}, sq{};
-#pragma GCC unroll 8
-            for (int u = 0; u < U; ++u) {
-              const V xv = get<A>(x + u * slab + k), gv = get<A>(g + u * slab + k);
-              const V d = xv - splat<A>(f.center[at + u * features]), gw = gv * W;
-              terms[u][0] = gw;
-              terms[u][1] = gw * d;
-              sg += gv;
-              const V db = xv - cb;
-              sgd += gv * db;
-              sd += db;
-              sq += db * db;
-              sgf += gv * (d * splat<A>(f.rstd[at + u * features]) + splat<A>(f.offset[at + u * features]));
-            }
-            add_to(sums.g + key, sg);
-            add_to(sums.gd + key, sgd);
-            add_to(sums.gf + key, sgf);
-            add_to(sums.d + key, sd);
-            if (sums.square) add_to(sums.square + key, sq);
-          },
-          [&](int u, int64_t r0, int rows, V(&totals)[2]) {
-            for (int i = 0; i < rows; ++i) {
-              f.sum[f0 + u * features + r0 + i] = totals[0][i] * p.w_f;
-              f.sum_deviation[f0 + u * features + r0 + i] = totals[1][i] * p.w_f;
-            }
-          });
-    } else {
-#pragma GCC unroll 8
-      for (int v = 0; v < RV; ++v) {
-        V cf[U], rf[U], of[U], G[U] = {}, GD[U] = {};
-#pragma GCC unroll 8
-        for (int u = 0; u < U; ++u) {
-          const int64_t at = f0 + u * features + v * L;
-          cf[u] = get<A>(f.center + at);
-          rf[u] = get<A>(f.rstd + at);
-          of[u] = get<A>(f.offset + at);
-        }
-        for (int64_t c = tile.begin; c < tile.end; ++c) {
-          const int64_t k = c * R + v * L;
-          const V cb = get<A>(center_b + k), W = splat<A>(W_all[c]);
+    row_sums<U, 2>(
+        rows,
+        [&](int64_t r, int64_t c, V(&terms)[U][2]) {
+          const int64_t k = r * padded + c, key = r * key_row + c, at = f0 + r;
+          const V cb = get<A>(center_b + key), W = get<A>(W_all + c);
           V sg{}, sgd{}, sgf{}, sd{}, sq{};
 #pragma GCC unroll 8
           for (int u = 0; u < U; ++u) {
+            __builtin_prefetch(g + (u + U) * slab + k);
+            __builtin_prefetch(x + (u + U) * slab + k);
             const V xv = get<A>(x + u * slab + k), gv = get<A>(g + u * slab + k);
-            const V d = xv - cf[u], gw = gv * W;
-            G[u] += gw;
-            GD[u] += gw * d;
+            const V d = xv - splat<A>(f.center[at + u * width]), gw = gv * W;
+            terms[u][0] = gw;
+            terms[u][1] = gw * d;
             sg += gv;
             const V db = xv - cb;
             sgd += gv * db;
             sd += db;
             sq += db * db;
-            sgf += gv * (d * rf[u] + of[u]);
+            sgf += gv * (d * splat<A>(f.rstd[at + u * width]) + splat<A>(f.offset[at + u * width]));
           }
-          add_to(sums.g + k, sg);
-          add_to(sums.gd + k, sgd);
-          add_to(sums.gf + k, sgf);
-          add_to(sums.d + k, sd);
-          if (sums.square) add_to(sums.square + k, sq);
-        }
-#pragma GCC unroll 8
-        for (int u = 0; u < U; ++u) {
-          const int64_t at = f0 + u * features + v * L;
-          add_to(f.sum + at, G[u] * p.w_f);
-          add_to(f.sum_deviation + at, GD[u] * p.w_f);
-        }
-      }
-    }
+          add_to(sums.g + key, sg);
+          add_to(sums.gd + key, sgd);
+          add_to(sums.gf + key, sgf);
+          add_to(sums.d + key, sd);
+          if (sums.square) add_to(sums.square + key, sq);
+        },
+        [&](int u, V(&totals)[2]) {
+          const int64_t at = f0 + u * width + rows.begin;
+          put_rows(f.sum + at, totals[0] * p.w_f, rows);
+          put_rows(f.sum_deviation + at, totals[1] * p.w_f, rows);
+        });
   }
 
   template <int U>
-  void differentiate_some(const A* x, const A* g, const Target out, const BatchTerms b, const FeatureTerms f, int64_t f0, Range tile) const {
-    const int64_t slab = this->slab, padded = this->padded, features = this->features, width = this->width, key_row = this->key_row;
+  void differentiate_some(const A* x, const A* g, const Target out, const BatchTerms b, const FeatureTerms f, int64_t f0) const {
+    const int64_t slab = this->slab, padded = this->padded, width = this->width, key_row = this->key_row;
     const A* W_all = p.W;
     const A w_f = p.w_f;
-    if constexpr (FeaturesLast) {
-      for (int64_t r = 0; r < width; ++r) {
-        const int64_t key = r * key_row;
-        A* to = out.base + r * out.row;
-        V cf[U], rf[U], base[U], slope[U];
+    for (int64_t r = 0; r < width; ++r) {
+      const int64_t key = r * key_row;
+      A* to = out.base + r * out.row;
+      V cf[U], rf[U], base[U], slope[U];
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        const int64_t at = f0 + u * width + r;
+        cf[u] = splat<A>(f.center[at]);
+        rf[u] = splat<A>(f.rstd[at] * w_f);
+        base[u] = splat<A>(f.sum[at]);
+        slope[u] = splat<A>(f.sum_deviation[at]);
+      }
+      for (int64_t c = 0; c < padded; c += L) {
+        const V cb = get<A>(b.center + key + c), sb = get<A>(b.scale + key + c), ob = get<A>(b.offset + key + c), eb = get<A>(b.slope + key + c);
+        const V W = get<A>(W_all + c);
 #pragma GCC unroll 8
         for (int u = 0; u < U; ++u) {
-          const int64_t at = f0 + u * features + r;
-          cf[u] = splat<A>(f.center[at]);
-          rf[u] = splat<A>(f.rstd[at] * w_f);
-          base[u] = splat<A>(f.sum[at]);
-          slope[u] = splat<A>(f.sum_deviation[at]);
-        }
-        for (int64_t c = 0; c < padded; c += L) {
-          const V cb = get<A>(b.center + key + c), sb = get<A>(b.scale + key + c), ob = get<A>(b.offset + key + c), eb = get<A>(b.slope + key + c);
-          const V W = get<A>(W_all + c);
-#pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) {
-            const V xv = get<A>(x + u * slab + r * padded + c), gv = get<A>(g + u * slab + r * padded + c);
-            put<A>(to + u * out.n + c, gv * (sb + rf[u] * W) - (xv - cb) * eb - (xv - cf[u]) * slope[u] - (ob + base[u]));
-          }
-        }
-      }
-    } else {
-      // All columns of lanes at once: one after the other would write each line of the output twice.
-      const A *cf = f.center + f0, *rf = f.rstd + f0, *base = f.sum + f0, *slope = f.sum_deviation + f0;
-      for (int64_t c = tile.begin; c < tile.end; ++c) {
-        const V W = splat<A>(W_all[c] * w_f);
-        A* to = out.base + c * out.row;
-#pragma GCC unroll 8
-        for (int v = 0; v < RV; ++v) {
-          const int64_t k = c * R + v * L;
-          const V cb = get<A>(b.center + k), sb = get<A>(b.scale + k), ob = get<A>(b.offset + k), eb = get<A>(b.slope + k);
-#pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) {
-            const int64_t j = u * features + v * L;
-            const V xv = get<A>(x + u * slab + k), gv = get<A>(g + u * slab + k);
-            put<A>(to + u * out.n + v * L,
-                   gv * (sb + get<A>(rf + j) * W) - (xv - cb) * eb - (xv - get<A>(cf + j)) * get<A>(slope + j) - (ob + get<A>(base + j)));
-          }
+          const V xv = get<A>(x + u * slab + r * padded + c), gv = get<A>(g + u * slab + r * padded + c);
+          put<A>(to + u * out.n + c, gv * (sb + rf[u] * W) - (xv - cb) * eb - (xv - cf[u]) * slope[u] - (ob + base[u]));
         }
       }
     }
-  }
-};
-
-// Chan's update of `n` values at each of `keys` places, `stride` apart: mean (around shift) and squared deviations of
-// the `count` values before.
-template <class A>
-struct RunningMoments {
-  using V = Vec<A>;
-  static constexpr int L = kLanes<A>;
-  A *shift, *mean, *squares;
-  int64_t keys, count = 0;
-
-  RunningMoments(Scratch& scratch, int64_t keys_)
-      : shift(scratch.take<A>(keys_)), mean(scratch.take<A>(keys_)), squares(scratch.take<A>(keys_)), keys(keys_) {}
-
-  void start(const A* first) {
-    count = 0;
-    std::memcpy(shift, first, keys * sizeof(A));
-    std::fill(mean, mean + keys, A(0));
-    std::fill(squares, squares + keys, A(0));
-  }
-
-  void add(const A* x, int64_t n, int64_t stride) {
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) add_some<8>(x + i * stride, stride);
-    for (; i < n; ++i) add_some<1>(x + i * stride, stride);
-  }
-
- private:
-  template <int U>
-  void add_some(const A* x, int64_t stride) {
-    const A share = A(U) / A(count + U), weight = A(count) * share;
-    for (int64_t k = 0; k < keys; k += L) {
-      const V s = get<A>(shift + k);
-      V d[U], sum{}, spread{};
-      #pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) {
-        d[u] = get<A>(x + u * stride + k) - s;
-        sum += d[u];
-      }
-      const V m = sum * A(1.0 / U);
-      #pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) spread += (d[u] - m) * (d[u] - m);
-      const V old = get<A>(mean + k), delta = m - old;
-      put<A>(mean + k, old + delta * share);
-      put<A>(squares + k, get<A>(squares + k) + (spread + delta * delta * weight));
-    }
-    count += U;
   }
 };
 
@@ -1002,16 +830,15 @@ struct Plan {
   int64_t chunk;                    // split: samples that are packed and worked on together
 };
 
-template <class A, bool FeaturesLast>
-class Engine {
+template <class A>
+class Inside {
   using V = Vec<A>;
-  using B = Block<A, FeaturesLast>;
+  using B = Block<A>;
   static constexpr int64_t kPart = 32;  // samples whose sums are taken before they are added to those of others
   static constexpr int L = kLanes<A>;
-  static constexpr int R = kRow<A>;
 
  public:
-  explicit Engine(Problem<A>& problem) : p(problem) {}
+  explicit Inside(Problem<A>& problem) : p(problem) {}
 
   void forward() {
     const bool reduces = p.batch.own();
@@ -1046,8 +873,8 @@ class Engine {
         const int64_t positions = p.per_channel ? 1 : p.P;
         p.batch.own_mean = call_scratch.take<A>(p.C * positions);
         p.batch.own_var = call_scratch.take<A>(p.C * positions);
-        p.batch.si = FeaturesLast ? 1 : positions;
-        p.batch.sp = p.per_channel ? 0 : (FeaturesLast ? p.C : 1);
+        p.batch.si = 1;
+        p.batch.sp = p.per_channel ? 0 : p.C;
       }
       if (missing_b || missing_f) take_statistics(plan, missing_b, missing_f);
       p.batch.known = p.feature.known = true;
@@ -1084,44 +911,25 @@ class Engine {
     });
   }
 
-  // reduces: sums over samples are needed. inputs: 1 forward, 2 backward (x and the gradient are both packed).
+  // reduces: sums over samples are needed. inputs: 1 forward, 2 backward.
   Plan choose(bool may_fuse, bool reduces, int64_t inputs) const {
     Plan plan;
-    plan.chunk = reduces ? 8 : FeaturesLast ? 4 : 2;
+    plan.chunk = reduces ? 8 : 4;
     const int64_t threads = std::max<int64_t>(1, thread_count());
     const int64_t tasks = std::clamp<int64_t>(p.N * p.C * p.P / 65536, 1, threads);
-    const int64_t unit = FeaturesLast ? 1 : R;  // positions that a slab cannot be narrower than
-    const int64_t units = ceil_div(p.P, unit);
-    const int64_t row = FeaturesLast ? ceil_div(p.C, L) * L : p.C * R;
-    const int64_t unit_bytes = p.N * row * int64_t(sizeof(A)) * inputs;
-    const int64_t good = caches().second * 3 / 4;
-    const int64_t limit = std::max<int64_t>(caches().second, std::min<int64_t>(caches().third / (2 * threads), FeaturesLast ? 8 << 20 : 2 << 20));
-    plan.fused = may_fuse && units >= tasks && unit_bytes <= limit;
-    int64_t per_block;
-    if (plan.fused && FeaturesLast) {
-      // Slabs of a few KiB: four of them and their keys fit the first cache.
-      per_block = std::clamp<int64_t>(good / unit_bytes, 1, std::max<int64_t>(1, 1024 / row));
-    } else if (plan.fused) {
-      // Rows of several lines if at all possible, since each may lie in a page of its own.
-      per_block = std::clamp<int64_t>(limit / unit_bytes, 1, 8);
-    } else {
-      per_block = FeaturesLast ? 1024 / row : reduces ? 4 : std::max<int64_t>(4, 16384 / row);
-      per_block = std::clamp<int64_t>(per_block, 1, units);
-    }
+    const int64_t row = ceil_div(p.C, L) * L, row_bytes = p.N * row * int64_t(sizeof(A)) * inputs;
+    const int64_t limit = std::max<int64_t>(caches().second, std::min<int64_t>(caches().third / (2 * threads), 8 << 20));
+    plan.fused = may_fuse && p.P >= tasks && row_bytes <= limit;
     if (plan.fused) {
-      const int64_t blocks = ceil_div(ceil_div(units, per_block), tasks) * tasks;
-      per_block = ceil_div(units, blocks);
+      plan.width = std::clamp<int64_t>(caches().second * 3 / 4 / row_bytes, 1, std::max<int64_t>(1, 4096 / row));
+      plan.width = ceil_div(p.P, ceil_div(ceil_div(p.P, plan.width), tasks) * tasks);
+    } else {
+      plan.width = std::clamp<int64_t>(4096 / row, 1, p.P);
     }
-    plan.width = per_block * unit;
     plan.blocks = ceil_div(p.P, plan.width);
-    if (plan.fused) {
-      plan.parts_n = 1;
-      plan.parts_b = plan.tasks = std::min(tasks, plan.blocks);
-    } else {
-      plan.parts_n = std::min(tasks, p.N);
-      plan.parts_b = std::clamp<int64_t>(tasks / plan.parts_n, 1, plan.blocks);
-      plan.tasks = plan.parts_n * plan.parts_b;
-    }
+    plan.parts_n = plan.fused ? 1 : std::min(tasks, p.N);
+    plan.parts_b = std::clamp<int64_t>(tasks / plan.parts_n, 1, plan.blocks);
+    plan.tasks = plan.parts_n * plan.parts_b;
     return plan;
   }
 
@@ -1136,167 +944,113 @@ class Engine {
         });
   }
 
-  template <class F>
-  void each_key(const B& b, const F& f) const {
-    if constexpr (FeaturesLast) {
-      const int64_t rows = p.per_channel ? 1 : b.width;
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < p.C; ++c) f(r * b.padded + c, c, b.first + r);
-      }
-    } else {
-      for (int64_t c = 0; c < p.C; ++c) {
-        for (int64_t i = 0; i < b.width; ++i) f(c * R + i, c, b.first + i);
-      }
-    }
-  }
+  int64_t key_rows(const B& b) const { return p.per_channel ? 1 : b.width; }
 
   void load_keys(const B& b, const Statistic<A>& from, A* to) const {
     std::fill(to, to + b.keys, A(0));
-    if (FeaturesLast && from.si == 1) {
-      const int64_t rows = p.per_channel ? 1 : b.width;
-      for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * b.padded, from.data + (b.first + r) * from.sp, p.C * sizeof(A));
-    } else if (!FeaturesLast && from.sp == 1) {
-      for (int64_t c = 0; c < p.C; ++c) copy_row(from.data + c * from.si + b.first, b.width, to + c * R);
-    } else {
-      each_key(b, [&](int64_t k, int64_t c, int64_t pos) { to[k] = from.at(c, pos); });
+    for (int64_t r = 0; r < key_rows(b); ++r, to += b.padded) {
+      if (from.si == 1) {
+        std::memcpy(to, from.data + (b.first + r) * from.sp, p.C * sizeof(A));
+      } else {
+        for (int64_t c = 0; c < p.C; ++c) to[c] = from.at(c, b.first + r);
+      }
     }
   }
 
   void store_keys(const B& b, const A* from, A* to, const Side<A>& side) const {
     if (!to) return;
-    if (FeaturesLast && side.si == 1) {
-      for (int64_t r = 0; r < b.width; ++r) std::memcpy(to + (b.first + r) * side.sp, from + r * b.padded, p.C * sizeof(A));
-    } else if (!FeaturesLast && side.sp == 1) {
-      for (int64_t c = 0; c < p.C; ++c) copy_row(from + c * R, b.width, to + c * side.si + b.first);
-    } else {
-      each_key(b, [&](int64_t k, int64_t c, int64_t pos) { to[c * side.si + pos * side.sp] = from[k]; });
+    for (int64_t r = 0; r < key_rows(b); ++r, from += b.padded) {
+      if (side.si == 1) {
+        std::memcpy(to + (b.first + r) * side.sp, from, p.C * sizeof(A));
+      } else {
+        for (int64_t c = 0; c < p.C; ++c) to[c * side.si + (b.first + r) * side.sp] = from[c];
+      }
     }
   }
 
   void load_features(const B& b, const Statistic<A>& from, int64_t n0, int64_t n, A* to) const {
-    for (int64_t i = 0; i < n; ++i) {
-      A* row = to + i * b.features;
+    for (int64_t i = n0; i < n0 + n; ++i, to += b.width) {
       if (from.sp == 1) {
-        copy_row(from.data + (n0 + i) * from.si + b.first, b.width, row);
+        copy_row(from.data + i * from.si + b.first, b.width, to);
       } else {
-        for (int64_t j = 0; j < b.width; ++j) row[j] = from.at(n0 + i, b.first + j);
+        for (int64_t j = 0; j < b.width; ++j) to[j] = from.at(i, b.first + j);
       }
-      std::fill(row + b.width, row + b.features, A(0));
     }
   }
 
   void store_features(const B& b, const A* from, int64_t n0, int64_t n, A* to) const {
     if (!to) return;
-    for (int64_t i = 0; i < n; ++i) copy_row(from + i * b.features, b.width, to + (n0 + i) * p.P + b.first);
-  }
-
-  // 1 / sqrt(var + eps); the two may be one array.
-  BLN_VECTORIZE void to_rstd(const A* var, A* rstd, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) rstd[i] = A(1) / std::sqrt(var[i] + p.eps);
+    for (int64_t i = 0; i < n; ++i) copy_row(from + i * b.width, b.width, to + (n0 + i) * p.P + b.first);
   }
 
   // values[k] *= W of the key's feature * factor
   BLN_VECTORIZE void times_weight(const B& b, A* values, A factor) const {
-    if constexpr (FeaturesLast) {
-      for (int64_t k = 0; k < b.keys; k += b.padded) {
-        for (int64_t c = 0; c < b.padded; ++c) values[k + c] *= p.W[c] * factor;
-      }
-    } else {
-      for (int64_t c = 0; c < p.C; ++c) {
-        for (int64_t i = 0; i < R; ++i) values[c * R + i] *= p.W[c] * factor;
-      }
+    for (int64_t k = 0; k < b.keys; k += b.padded) {
+      for (int64_t c = 0; c < b.padded; ++c) values[k + c] *= p.W[c] * factor;
     }
   }
 
   // ------------------------------------------------------------------------------------------------- the fused plan
 
-  // A fused block: its packed slabs, and its statistics as the mini-batch has them. Group i begins at i times the size.
-  struct Packed {
-    A *x, *g, *mean_b, *var_b, *mean_f, *var_f, *off_f;
-  };
+  // Room for n packed slabs, if they are.
+  A* take_room(const B& b, int64_t n) const { return task_scratch.take<A>(b.in_place() ? 0 : n * b.slab); }
 
-  // Packs a block and takes the statistics that are asked for.
-  Packed pack_block(const B& b, bool with_gradient, bool with_batch, bool with_feature) const {
-    const B g0 = b.group(0);
-    const int64_t groups = b.groups(), per_group = p.N * g0.slab;
-    Packed s;
-    s.x = task_scratch.take<A>(groups * per_group);
-    s.g = with_gradient ? task_scratch.take<A>(groups * per_group) : nullptr;
-    for (A** array : {&s.mean_b, &s.var_b}) *array = task_scratch.take<A>(groups * g0.keys);
-    for (A** array : {&s.mean_f, &s.var_f}) *array = task_scratch.take<A>(groups * p.N * g0.features);
-    s.off_f = task_scratch.take<A>(p.N * g0.features);
-    if (with_batch) std::fill(s.mean_b, s.mean_b + groups * g0.keys, A(0));
-    // So many samples at a time that they are still in the first cache when they are summed up.
-    const int64_t chunk = std::clamp<int64_t>(4096 / (groups * g0.slab + 1), 1, 4) * 4;
-    for (int64_t n = 0; n < p.N; n += chunk) {
-      const int64_t count = std::min(chunk, p.N - n);
-      b.pack(p.x, n, count, s.x + n * g0.slab, per_group);
-      if (with_gradient) b.pack(p.g, n, count, s.g + n * g0.slab, per_group);
-      for (int64_t i = 0; i < groups; ++i) {
-        const B g = b.group(i);
-        const A* x = s.x + i * per_group + n * g.slab;
-        A* mean = s.mean_f + (i * p.N + n) * g.features;
-        if (with_batch) {
-          g.template first_pass<true>(x, count, mean, s.mean_b + i * g.keys);
-        } else if (with_feature) {
-          A* var = s.var_f + (i * p.N + n) * g.features;
-          g.template first_pass<false>(x, count, mean, nullptr);
-          g.template second_pass<false>(x, count, mean, s.off_f, var, nullptr, nullptr, nullptr);
-        }
-      }
+  // Slabs [n, n + count), where those of all samples are packed at `room`, if they are.
+  A* read(const B& b, const char* from, int64_t n, int64_t count, A* room) const {
+    return b.read(from, n, count, b.in_place() ? nullptr : room + n * b.slab);
+  }
+
+  RunningMoments<A> take_moments(int64_t keys) const { return {task_scratch.take<A>(keys), task_scratch.take<A>(keys), task_scratch.take<A>(keys)}; }
+
+  // Around the mean of the first of n slabs.
+  void start(const B& b, RunningMoments<A>& moments, const A* x, int64_t n) const {
+    const int64_t near = std::min<int64_t>(4, n);
+    moments.restart();
+    for (int64_t k = 0; k < b.keys; k += L) {
+      V total{};
+      for (int64_t i = 0; i < near; ++i) total += get<A>(x + i * b.slab + k);
+      put<A>(moments.shift + k, total * (A(1) / A(near)));
     }
-    if (!with_batch) return s;
-    A* total = task_scratch.take<A>(g0.keys);
-    A* part = task_scratch.take<A>(2 * g0.keys);
+    std::fill(moments.mean, moments.mean + b.keys, A(0));
+    std::fill(moments.squares, moments.squares + b.keys, A(0));
+  }
+
+  // All slabs of a block, and the mini-batch's own statistics of it.
+  A* take_block(const B& b, A* room, RunningMoments<A>& moments, A* mean_f, A* var_f) const {
+    for (int64_t n = 0; n < p.N; n += 4) {
+      const int64_t count = std::min<int64_t>(4, p.N - n);
+      const A* x = read(b, p.x, n, count, room);
+      if (n == 0) start(b, moments, x, count);
+      b.moments(x, count, moments, mean_f + n * b.width, var_f + n * b.width);
+    }
     const A inverse = A(1) / A(p.N);
-    for (int64_t i = 0; i < groups; ++i) {
-      const B g = b.group(i);
-      A *mean = s.mean_b + i * g.keys, *var = s.var_b + i * g.keys;
-      for (int64_t k = 0; k < g.keys; ++k) {
-        mean[k] *= inverse;
-        total[k] = var[k] = 0;
-      }
-      for (int64_t n = 0; n < p.N; n += kPart) {
-        const int64_t at = (i * p.N + n) * g.features;
-        std::fill(part, part + 2 * g.keys, A(0));
-        g.template second_pass<true>(s.x + i * per_group + n * g.slab, std::min(kPart, p.N - n), s.mean_f + at, s.off_f, s.var_f + at, mean, part,
-                                     part + g.keys);
-        add_all(total, part, g.keys);
-        add_all(var, part + g.keys, g.keys);
-      }
-      for (int64_t k = 0; k < g.keys; ++k) {
-        const A d = total[k] * inverse;
-        mean[k] += d;
-        var[k] = var[k] * inverse - d * d;
-      }
+    for (int64_t k = 0; k < b.keys; k += L) {
+      put<A>(moments.mean + k, get<A>(moments.mean + k) + get<A>(moments.shift + k));
+      put<A>(moments.squares + k, get<A>(moments.squares + k) * inverse);
     }
-    return s;
+    return b.in_place() ? b.read(p.x, 0, p.N, nullptr) : room;
   }
 
   void forward_block(const B& b) const {
-    const int64_t groups = b.groups();
-    const Packed s = pack_block(b, false, true, true);
-    for (int64_t i = 0; i < groups; ++i) {
-      const B g = b.group(i);
-      A* x = s.x + i * p.N * g.slab;
-      A *mb = s.mean_b + i * g.keys, *vb = s.var_b + i * g.keys, *mf = s.mean_f + i * p.N * g.features, *vf = s.var_f + i * p.N * g.features;
-      store_keys(g, mb, p.batch.own_mean, p.batch);
-      store_keys(g, vb, p.batch.own_var, p.batch);
-      store_features(g, mf, 0, p.N, p.feature.own_mean);
-      store_features(g, vf, 0, p.N, p.feature.own_var);
-      if (p.batch.mean.data) load_keys(g, p.batch.mean, mb);
-      if (p.batch.var.data) load_keys(g, p.batch.var, vb);
-      if (p.feature.mean.data) load_features(g, p.feature.mean, 0, p.N, mf);
-      if (p.feature.var.data) load_features(g, p.feature.var, 0, p.N, vf);
-      to_rstd(vb, vb, g.keys);
-      times_weight(g, vb, p.w_b);
-      to_rstd(vf, vf, p.N * g.features);
-      g.normalise(x, g.target(x, 0), p.N, mb, vb, mf, vf);
-      if (!g.direct()) g.unpack(x, 0, p.N);
-    }
+    RunningMoments<A> moments = take_moments(b.keys);
+    A *mean_b = moments.mean, *var_b = moments.squares, *mean_f = task_scratch.take<A>(p.N * b.width), *var_f = task_scratch.take<A>(p.N * b.width);
+    A* x = take_block(b, take_room(b, p.N), moments, mean_f, var_f);
+    store_keys(b, mean_b, p.batch.own_mean, p.batch);
+    store_keys(b, var_b, p.batch.own_var, p.batch);
+    store_features(b, mean_f, 0, p.N, p.feature.own_mean);
+    store_features(b, var_f, 0, p.N, p.feature.own_var);
+    if (p.batch.mean.data) load_keys(b, p.batch.mean, mean_b);
+    if (p.batch.var.data) load_keys(b, p.batch.var, var_b);
+    if (p.feature.mean.data) load_features(b, p.feature.mean, 0, p.N, mean_f);
+    if (p.feature.var.data) load_features(b, p.feature.var, 0, p.N, var_f);
+    to_rstd(var_b, var_b, b.keys, p.eps);
+    times_weight(b, var_b, p.w_b);
+    to_rstd(var_f, var_f, p.N * b.width, p.eps);
+    b.normalise(x, b.target(x, 0), p.N, mean_b, var_b, mean_f, var_f);
+    if (!b.direct()) b.unpack(x, 0, p.N);
   }
 
-  // Arrays of a group for the backward pass.
+  // Arrays of a block for the backward pass.
   struct Terms {
     A *center, *used, *scale, *slope, *offset, *rstd;  // for each key; used: the mean that was used
     typename B::BatchSums sums, part;  // part: of a few samples, so that no sum has many terms of its own size
@@ -1324,40 +1078,28 @@ class Engine {
     for (int64_t i = 0; i < count; ++i) to[i] += from[i];
   }
 
-  // `reduce` of n slabs on top of t.sums. Features from slab n0 of t.f on.
-  void reduce_part(const B& b, const A* x, const A* g, int64_t n0, int64_t n, Terms& t) const {
-    clear_sums(t.part, b.keys);
-    typename B::FeatureTerms f = t.f;
-    for (A** array : {&f.center, &f.rstd, &f.offset, &f.sum, &f.sum_deviation}) *array += n0 * b.features;
-    b.reduce(x + n0 * b.slab, g + n0 * b.slab, n, t.center, t.part, f);
-    const auto totals = t.sums.all(), parts = t.part.all();
-    for (size_t i = 0; i < parts.size(); ++i) {
-      if (parts[i]) add_all(totals[i], parts[i], b.keys);
-    }
-  }
-
-  // From the centers of n slabs, and the variances that were used in t.f.rstd, to what `reduce` needs.
-  BLN_VECTORIZE void prepare_features(const B& b, int64_t n0, int64_t n, Terms& t) const {
-    const int64_t count = n * b.features;
-    to_rstd(t.f.rstd, t.f.rstd, count);
+  // From the centers of n slabs, and the variances that were used in f.rstd, to what `reduce` needs.
+  BLN_VECTORIZE void prepare_features(const B& b, int64_t n0, int64_t n, const typename B::FeatureTerms& f, A* used) const {
+    const int64_t count = n * b.width;
+    to_rstd(f.rstd, f.rstd, count, p.eps);
     if (p.feature.own() && p.feature.mean.data) {
-      load_features(b, p.feature.mean, n0, n, t.used_f);
-      for (int64_t i = 0; i < count; ++i) t.f.offset[i] = t.f.rstd[i] * (t.f.center[i] - t.used_f[i]);
+      load_features(b, p.feature.mean, n0, n, used);
+      for (int64_t i = 0; i < count; ++i) f.offset[i] = f.rstd[i] * (f.center[i] - used[i]);
     } else {
-      std::fill(t.f.offset, t.f.offset + count, A(0));
+      std::fill(f.offset, f.offset + count, A(0));
     }
   }
 
   // From the sums over features to the offset and the slope that `differentiate` takes off.
-  BLN_VECTORIZE void finish_features(int64_t count, Terms& t) const {
+  BLN_VECTORIZE void finish_features(int64_t count, const typename B::FeatureTerms& f) const {
     const A inverse = A(1) / A(p.C);
     const A mean_own = p.feature.mean.data ? A(0) : inverse, var_own = p.feature.var.data ? A(0) : inverse;
     for (int64_t i = 0; i < count; ++i) {
-      const A rstd = t.f.rstd[i], sum = t.f.sum[i];
+      const A rstd = f.rstd[i], sum = f.sum[i];
       // sum of G * (x - used mean) = that around the center + (center - used mean) * sum of G
-      const A deviation = t.f.sum_deviation[i] * rstd + t.f.offset[i] * sum;
-      t.f.sum[i] = mean_own * rstd * sum;
-      t.f.sum_deviation[i] = var_own * rstd * rstd * deviation;
+      const A deviation = f.sum_deviation[i] * rstd + f.offset[i] * sum;
+      f.sum[i] = mean_own * rstd * sum;
+      f.sum_deviation[i] = var_own * rstd * rstd * deviation;
     }
   }
 
@@ -1365,7 +1107,7 @@ class Engine {
   BLN_VECTORIZE void finish_keys(const B& b, Terms& t) const {
     const A inverse = A(1) / A(p.batch_count());
     const A mean_own = p.batch.mean.data ? A(0) : inverse, var_own = p.batch.var.data ? A(0) : inverse;
-    to_rstd(t.rstd, t.rstd, b.keys);
+    to_rstd(t.rstd, t.rstd, b.keys, p.eps);
     if (p.batch.own() && p.batch.mean.data) {
       load_keys(b, p.batch.mean, t.used);
       for (int64_t k = 0; k < b.keys; ++k) t.sums.gd[k] += (t.center[k] - t.used[k]) * t.sums.g[k];
@@ -1384,29 +1126,17 @@ class Engine {
 
   // Adds a block's part of the parameters' gradients: the feature part of the weight's and, if batch_part, the rest.
   void add_gradients(const B& b, const Terms& t, bool batch_part, double* grads) const {
-    auto weight_at = [&](int64_t k) { return (batch_part ? get<A>(t.rstd + k) * get<A>(t.sums.gd + k) * p.w_b : V{}) + get<A>(t.sums.gf + k) * p.w_f; };
-    auto bias_at = [&](int64_t k) { return batch_part ? get<A>(t.sums.g + k) : V{}; };
-    if constexpr (FeaturesLast) {
-      for (int64_t c0 = 0; c0 < b.padded; c0 += L) {
-        V weight{}, bias{};
-        for (int64_t k = c0; k < b.keys; k += b.padded) {
-          weight += weight_at(k);
-          bias += bias_at(k);
-        }
-        for (int64_t i = 0; i < std::min<int64_t>(L, p.C - c0); ++i) {
-          grads[c0 + i] += double(weight[i]);
-          grads[p.C + c0 + i] += double(bias[i]);
-        }
+    for (int64_t c0 = 0; c0 < b.padded; c0 += L) {
+      V weight{}, bias{};
+      for (int64_t k = c0; k < b.keys; k += b.padded) {
+        weight += get<A>(t.sums.gf + k) * p.w_f;
+        if (!batch_part) continue;
+        weight += get<A>(t.rstd + k) * get<A>(t.sums.gd + k) * p.w_b;
+        bias += get<A>(t.sums.g + k);
       }
-    } else {
-      for (int64_t c = 0; c < p.C; ++c) {
-        V weight{}, bias{};
-        for (int64_t k = c * R; k < (c + 1) * R; k += L) {
-          weight += weight_at(k);
-          bias += bias_at(k);
-        }
-        grads[c] += double(sum_lanes<A>(weight));
-        grads[p.C + c] += double(sum_lanes<A>(bias));
+      for (int64_t i = 0; i < std::min<int64_t>(L, p.C - c0); ++i) {
+        grads[c0 + i] += double(weight[i]);
+        grads[p.C + c0 + i] += double(bias[i]);
       }
     }
   }
@@ -1414,38 +1144,56 @@ class Engine {
   typename B::BatchTerms batch_terms(const Terms& t) const { return {t.center, t.scale, t.slope, t.offset}; }
 
   void backward_block(const B& b, bool missing_b, bool missing_f, double* grads) const {
-    const B g0 = b.group(0);
-    const Packed s = pack_block(b, true, missing_b, missing_f);
-    Terms t = take_terms(g0.keys, p.N * g0.features);
-    for (int64_t i = 0; i < b.groups(); ++i) {
-      const B g = b.group(i);
-      A *x = s.x + i * p.N * g.slab, *gy = s.g + i * p.N * g.slab;
-      t.center = s.mean_b + i * g.keys;
-      t.rstd = s.var_b + i * g.keys;
-      t.f.center = s.mean_f + i * p.N * g.features;
-      t.f.rstd = s.var_f + i * p.N * g.features;
-      if (!missing_b) load_keys(g, p.batch.center(), t.center);
-      if (p.batch.var_unknown) {
-        t.sums.square = t.rstd;
-        t.part.square = t.scale;  // free until `finish_keys`
-      } else if (!missing_b || p.batch.var.data) {
-        load_keys(g, p.batch.used_var(), t.rstd);
-      }
-      if (!missing_f) load_features(g, p.feature.center(), 0, p.N, t.f.center);
-      if (!missing_f || p.feature.var.data) load_features(g, p.feature.used_var(), 0, p.N, t.f.rstd);
-      prepare_features(g, 0, p.N, t);
-      clear_sums(t.sums, g.keys);
-      for (int64_t n = 0; n < p.N; n += kPart) reduce_part(g, x, gy, n, std::min(kPart, p.N - n), t);
-      finish_features(p.N * g.features, t);
-      for (int64_t k = 0; k < g.keys && p.batch.var_unknown; ++k) {
-        const A d = t.sums.d[k] / A(p.N);
-        t.rstd[k] = t.rstd[k] / A(p.N) - d * d;
-      }
-      finish_keys(g, t);
-      g.differentiate(x, gy, g.target(gy, 0), p.N, batch_terms(t), t.f);
-      if (!g.direct()) g.unpack(gy, 0, p.N);
-      add_gradients(g, t, true, grads);
+    A *room = take_room(b, p.N), *room_g = take_room(b, p.N);
+    Terms t = take_terms(b.keys, p.N * b.width);
+    if (missing_b) {
+      RunningMoments<A> moments = take_moments(b.keys);
+      take_block(b, room, moments, t.f.center, t.f.rstd);
+      t.center = moments.mean;
+      t.rstd = moments.squares;
+    } else {
+      load_keys(b, p.batch.center(), t.center);
     }
+    if (p.batch.var_unknown) {
+      t.sums.square = t.rstd;
+      t.part.square = t.scale;  // free until `finish_keys`
+    } else if (!missing_b || p.batch.var.data) {
+      load_keys(b, p.batch.used_var(), t.rstd);
+    }
+    const bool features_taken = missing_b && missing_f;
+    NoMoments<A> none;
+    clear_sums(t.sums, b.keys);
+    clear_sums(t.part, b.keys);
+    for (int64_t n = 0; n < p.N; n += 4) {
+      const int64_t count = std::min<int64_t>(4, p.N - n);
+      const A *x = read(b, p.x, n, count, room), *g = read(b, p.g, n, count, room_g);
+      const typename B::FeatureTerms f = t.f.at(n * b.width);
+      if (missing_f && !features_taken) b.moments(x, count, none, f.center, f.rstd);
+      if (!missing_f) load_features(b, p.feature.center(), n, count, f.center);
+      if (!missing_f || p.feature.var.data) load_features(b, p.feature.used_var(), n, count, f.rstd);
+      prepare_features(b, n, count, f, t.used_f);
+      b.reduce(x, g, count, t.center, t.part, f);
+      // Sums of some samples at a time, so that none has many terms of its own size.
+      if ((n + count) % kPart == 0 || n + count == p.N) add_part(b, t);
+    }
+    finish_features(p.N * b.width, t.f);
+    for (int64_t k = 0; k < b.keys && p.batch.var_unknown; ++k) {
+      const A d = t.sums.d[k] / A(p.N);
+      t.rstd[k] = t.rstd[k] / A(p.N) - d * d;
+    }
+    finish_keys(b, t);
+    A *x = b.in_place() ? b.read(p.x, 0, p.N, nullptr) : room, *g = b.in_place() ? b.read(p.g, 0, p.N, nullptr) : room_g;
+    b.differentiate(x, g, b.target(g, 0), p.N, batch_terms(t), t.f);
+    if (!b.direct()) b.unpack(g, 0, p.N);
+    add_gradients(b, t, true, grads);
+  }
+
+  void add_part(const B& b, const Terms& t) const {
+    const auto totals = t.sums.all(), parts = t.part.all();
+    for (size_t i = 0; i < parts.size(); ++i) {
+      if (parts[i]) add_all(totals[i], parts[i], b.keys);
+    }
+    clear_sums(t.part, b.keys);
   }
 
   // ------------------------------------------------------------------------------------------------- the split plan
@@ -1461,14 +1209,15 @@ class Engine {
   }
 
   // Where the keys of a block of per-position statistics begin among those of all blocks.
-  int64_t key_offset(const B& b) const { return FeaturesLast ? b.first * b.padded : b.first / R * b.keys; }
-  int64_t all_keys() const { return FeaturesLast ? p.P * ceil_div(p.C, L) * L : ceil_div(p.P, R) * R * p.C; }
+  int64_t key_offset(const B& b) const { return b.first * b.padded; }
+  int64_t all_keys() const { return p.P * ceil_div(p.C, L) * L; }
 
-  void own_features(const B& g, const A* x, int64_t n0, int64_t n, A* mean, A* off, A* var) const {
-    g.template first_pass<false>(x, n, mean, nullptr);
-    g.template second_pass<false>(x, n, mean, off, var, nullptr, nullptr, nullptr);
-    store_features(g, mean, n0, n, p.feature.own_mean);
-    store_features(g, var, n0, n, p.feature.own_var);
+  template <class Batch>
+  void own_features(const B& b, const A* x, int64_t n0, int64_t n, Batch& batch, A* mean, A* var, bool wanted) const {
+    b.moments(x, n, batch, mean, var);
+    if (!wanted) return;
+    store_features(b, mean, n0, n, p.feature.own_mean);
+    store_features(b, var, n0, n, p.feature.own_var);
   }
 
   void take_statistics(const Plan& plan, bool with_batch, bool with_feature) const {
@@ -1481,61 +1230,40 @@ class Engine {
     std::vector<std::vector<Moments<double>>> channels(plan.tasks);
     run_tasks(plan.tasks, [&](int64_t t) {
       const Share own = share(plan, t);
-      const B b0 = block(plan, own.blocks.begin), g0 = b0.group(0);
-      A* slabs = task_scratch.take<A>(b0.groups() * plan.chunk * g0.slab);
-      A* mean_f = task_scratch.take<A>(plan.chunk * g0.features);
-      A* var_f = task_scratch.take<A>(plan.chunk * g0.features);
-      A* off_f = task_scratch.take<A>(plan.chunk * g0.features);
-      // Per channel, all blocks share one set of moments; a group with lanes beyond the last position has another.
-      std::vector<RunningMoments<A>> moments;
-      const int64_t sets = !with_batch ? 0 : p.per_channel ? 2 : b0.groups();
-      for (int64_t i = 0; i < sets; ++i) moments.emplace_back(task_scratch, g0.keys);
-      int64_t tail = 0;
+      const B b0 = block(plan, own.blocks.begin);
+      A* room = take_room(b0, plan.chunk);
+      const int64_t rows = plan.chunk * b0.width;
+      A *mean_f = task_scratch.take<A>(rows), *var_f = task_scratch.take<A>(rows);
+      RunningMoments<A> moments = take_moments(b0.keys);
+      NoMoments<A> none;
       for (int64_t j = own.blocks.begin; j < own.blocks.end; ++j) {
         const B b = block(plan, j);
-        const int64_t groups = b.groups(), per_group = plan.chunk * g0.slab;
         for (int64_t n = own.samples.begin; n < own.samples.end; n += plan.chunk) {
           const int64_t count = std::min(plan.chunk, own.samples.end - n);
-          b.pack(p.x, n, count, slabs, per_group);
-          for (int64_t i = 0; i < groups; ++i) {
-            const B g = b.group(i);
-            const A* x = slabs + i * per_group;
-            if (with_feature) own_features(g, x, n, count, mean_f, off_f, var_f);
-            if (!with_batch) continue;
-            const bool partial = !FeaturesLast && p.per_channel && g.width < R;
-            if (partial) tail = g.width;
-            RunningMoments<A>& m = moments[p.per_channel ? int(partial) : i];
-            if (p.per_channel ? m.count == 0 : n == own.samples.begin) {
-              m.keys = g.keys;
-              m.start(x);
-            }
-            if (FeaturesLast && p.per_channel) {
-              m.add(x, count * g.width, g.padded);
-            } else {
-              m.add(x, count, g.slab);
-            }
+          const A* x = b.read(p.x, n, count, room);
+          // Per channel, all blocks share one set of moments.
+          if (with_batch && (p.per_channel ? moments.count == 0 : n == own.samples.begin)) start(b, moments, x, count);
+          if (with_batch) {
+            own_features(b, x, n, count, moments, mean_f, var_f, with_feature);
+          } else {
+            own_features(b, x, n, count, none, mean_f, var_f, with_feature);
           }
         }
         if (with_batch && !p.per_channel) {
-          for (int64_t i = 0; i < groups; ++i) {
-            const B g = b.group(i);
-            const int64_t at = own.part * keys + key_offset(g);
-            for (int64_t k = 0; k < g.keys; ++k) {
-              means[at + k] = moments[i].shift[k] + moments[i].mean[k];
-              squares[at + k] = moments[i].squares[k];
-            }
+          const int64_t at = own.part * keys + key_offset(b);
+          for (int64_t k = 0; k < b.keys; ++k) {
+            means[at + k] = moments.shift[k] + moments.mean[k];
+            squares[at + k] = moments.squares[k];
           }
         }
       }
-      if (with_batch && p.per_channel) channels[t] = by_channel(moments, tail);
+      if (with_batch && p.per_channel) channels[t] = by_channel(moments);
     });
     if (!with_batch) return;
     if (p.per_channel) {
       for (int64_t c = 0; c < p.C; ++c) {
         Moments<double> total;
-        for (const auto& part : channels) {
-          if (!part.empty()) total.merge(part[c].count, part[c].mean, part[c].squares);
-        }
+        for (const auto& part : channels) total.merge(part[c].count, part[c].mean, part[c].squares);
         if (p.batch.own_mean) p.batch.own_mean[c * p.batch.si] = A(total.mean);
         if (p.batch.own_var) p.batch.own_var[c * p.batch.si] = A(total.squares / total.count);
       }
@@ -1543,94 +1271,67 @@ class Engine {
     }
     run_tasks(plan.tasks, [&](int64_t t) {
       const Range blocks = part_of(plan.blocks, plan.tasks, t);
-      const B g0 = block(plan, 0).group(0);
-      A* mean = task_scratch.take<A>(g0.keys);
-      A* var = task_scratch.take<A>(g0.keys);
+      const B b0 = block(plan, 0);
+      A* mean = task_scratch.take<A>(b0.keys);
+      A* var = task_scratch.take<A>(b0.keys);
       for (int64_t j = blocks.begin; j < blocks.end; ++j) {
         const B b = block(plan, j);
-        for (int64_t i = 0; i < b.groups(); ++i) {
-          const B g = b.group(i);
-          for (int64_t k = 0; k < g.keys; ++k) {
-            Moments<A> total;
-            for (int64_t part = 0; part < plan.parts_n; ++part) {
-              const int64_t at = part * keys + key_offset(g) + k;
-              total.merge(A(part_of(p.N, plan.parts_n, part).size()), means[at], squares[at]);
-            }
-            mean[k] = total.mean;
-            var[k] = total.squares / total.count;
+        for (int64_t k = 0; k < b.keys; ++k) {
+          Moments<A> total;
+          for (int64_t part = 0; part < plan.parts_n; ++part) {
+            const int64_t at = part * keys + key_offset(b) + k;
+            total.merge(A(part_of(p.N, plan.parts_n, part).size()), means[at], squares[at]);
           }
-          store_keys(g, mean, p.batch.own_mean, p.batch);
-          store_keys(g, var, p.batch.own_var, p.batch);
+          mean[k] = total.mean;
+          var[k] = total.squares / total.count;
         }
+        store_keys(b, mean, p.batch.own_mean, p.batch);
+        store_keys(b, var, p.batch.own_var, p.batch);
       }
     });
   }
 
-  // A task's moments for each feature, over its positions: all lanes of the first set, `tail` lanes of the second.
-  std::vector<Moments<double>> by_channel(const std::vector<RunningMoments<A>>& sets, int64_t tail) const {
+  // A task's moments for each feature, over its positions.
+  std::vector<Moments<double>> by_channel(const RunningMoments<A>& moments) const {
     std::vector<Moments<double>> channels(p.C);
-    for (size_t s = 0; s < sets.size(); ++s) {
-      const RunningMoments<A>& m = sets[s];
-      if (m.count == 0) continue;
-      const int64_t lanes = FeaturesLast ? 1 : (s == 0 ? R : tail);
-      for (int64_t c = 0; c < p.C; ++c) {
-        for (int64_t i = 0; i < lanes; ++i) {
-          const int64_t k = FeaturesLast ? c : c * R + i;
-          channels[c].merge(double(m.count), double(m.shift[k]) + double(m.mean[k]), double(m.squares[k]));
-        }
-      }
+    for (int64_t c = 0; c < p.C && moments.count > 0; ++c) {
+      channels[c].merge(double(moments.count), double(moments.shift[c]) + double(moments.mean[c]), double(moments.squares[c]));
     }
     return channels;
   }
 
   void normalise(const Plan& plan) const {
     const bool inline_features = p.feature.own() && !p.feature.known;
-    // Few samples at a time, which lie in memory as they would in slabs: read where they are.
-    const bool in_place = FeaturesLast && p.same_type && p.sp == p.C && block(plan, 0).padded == p.C;
     run_tasks(plan.tasks, [&](int64_t t) {
       const Share own = share(plan, t);
-      const B b0 = block(plan, own.blocks.begin), g0 = b0.group(0);
-      const int64_t per_group = plan.chunk * g0.slab;
-      A* slabs = task_scratch.take<A>(b0.groups() * per_group);
-      A* mean_f = task_scratch.take<A>(plan.chunk * g0.features);
-      A* var_f = task_scratch.take<A>(plan.chunk * g0.features);
-      A* off_f = task_scratch.take<A>(plan.chunk * g0.features);
-      A* mean_b = task_scratch.take<A>(b0.groups() * g0.keys);
-      A* scale_b = task_scratch.take<A>(b0.groups() * g0.keys);
+      const B b0 = block(plan, own.blocks.begin);
+      A* room = take_room(b0, plan.chunk);
+      const int64_t rows = plan.chunk * b0.width;
+      A *mean_f = task_scratch.take<A>(rows), *var_f = task_scratch.take<A>(rows);
+      NoMoments<A> none;
+      A *mean_b = task_scratch.take<A>(b0.keys), *scale_b = task_scratch.take<A>(b0.keys);
       for (int64_t j = own.blocks.begin; j < own.blocks.end; ++j) {
         const B b = block(plan, j);
-        for (int64_t i = 0; i < b.groups(); ++i) {
-          const B g = b.group(i);
-          load_keys(g, p.batch.used_mean(), mean_b + i * g0.keys);
-          load_keys(g, p.batch.used_var(), scale_b + i * g0.keys);
-          to_rstd(scale_b + i * g0.keys, scale_b + i * g0.keys, g.keys);
-          times_weight(g, scale_b + i * g0.keys, p.w_b);
-        }
+        load_keys(b, p.batch.used_mean(), mean_b);
+        load_keys(b, p.batch.used_var(), scale_b);
+        to_rstd(scale_b, scale_b, b.keys, p.eps);
+        times_weight(b, scale_b, p.w_b);
         for (int64_t n = own.samples.begin; n < own.samples.end; n += plan.chunk) {
           const int64_t count = std::min(plan.chunk, own.samples.end - n);
-          if (!in_place) b.pack(p.x, n, count, slabs, per_group);
-          for (int64_t i = 0; i < b.groups(); ++i) {
-            B g = b.group(i);
-            const A* x = slabs + i * per_group;
-            if (in_place) {
-              g.slab = p.sn;
-              x = reinterpret_cast<const A*>(p.x) + g.offset(n);
-            }
-            if (inline_features) own_features(g, x, n, count, mean_f, off_f, var_f);
-            if (!inline_features || p.feature.mean.data) load_features(g, p.feature.used_mean(), n, count, mean_f);
-            if (!inline_features || p.feature.var.data) load_features(g, p.feature.used_var(), n, count, var_f);
-            to_rstd(var_f, var_f, count * g.features);
-            A* y = slabs + i * per_group;
-            g.normalise(x, g.target(y, n), count, mean_b + i * g0.keys, scale_b + i * g0.keys, mean_f, var_f);
-            if (!g.direct()) g.unpack(y, n, count);
-          }
+          A* x = b.read(p.x, n, count, room);
+          if (inline_features) own_features(b, x, n, count, none, mean_f, var_f, true);
+          if (!inline_features || p.feature.mean.data) load_features(b, p.feature.used_mean(), n, count, mean_f);
+          if (!inline_features || p.feature.var.data) load_features(b, p.feature.used_var(), n, count, var_f);
+          to_rstd(var_f, var_f, count * b.width, p.eps);
+          b.normalise(x, b.target(x, n), count, mean_b, scale_b, mean_f, var_f);
+          if (!b.direct()) b.unpack(x, n, count);
         }
       }
     });
   }
 
   void backward_split(const Plan& plan, std::vector<std::vector<double>>& grads) const {
-    const int64_t keys = p.per_channel ? block(plan, 0).group(0).keys : all_keys();
+    const int64_t keys = p.per_channel ? block(plan, 0).keys : all_keys();
     // Sums of g and of g * (x - center) for each key: of each part of the samples (per position) or each task.
     const int64_t parts = p.per_channel ? plan.tasks : plan.parts_n;
     A* sums_g = call_scratch.take<A>(parts * keys);
@@ -1640,135 +1341,1021 @@ class Engine {
     A* slope_f = call_scratch.take<A>(p.N * p.P);
     run_tasks(plan.tasks, [&](int64_t t) {
       const Share own = share(plan, t);
-      const B b0 = block(plan, own.blocks.begin), g0 = b0.group(0);
-      const int64_t per_group = plan.chunk * g0.slab;
-      A* slabs = task_scratch.take<A>(b0.groups() * per_group);
-      A* gradients = task_scratch.take<A>(b0.groups() * per_group);
-      std::vector<Terms> terms;
-      for (int64_t i = 0; i < b0.groups(); ++i) terms.push_back(take_terms(g0.keys, plan.chunk * g0.features));
+      const B b0 = block(plan, own.blocks.begin);
+      A *room = take_room(b0, plan.chunk), *room_g = take_room(b0, plan.chunk);
+      Terms m = take_terms(b0.keys, plan.chunk * b0.width);
       if (p.per_channel) {
-        std::fill(sums_g + t * keys, sums_g + (t + 1) * keys, A(0));
-        std::fill(sums_gd + t * keys, sums_gd + (t + 1) * keys, A(0));
-        std::fill(sums_d + t * keys, sums_d + (t + 1) * keys, A(0));
+        for (A* sums : {sums_g, sums_gd, sums_d}) std::fill(sums + t * keys, sums + (t + 1) * keys, A(0));
       }
       for (int64_t j = own.blocks.begin; j < own.blocks.end; ++j) {
         const B b = block(plan, j);
-        for (int64_t i = 0; i < b.groups(); ++i) {
-          load_keys(b.group(i), p.batch.center(), terms[i].center);
-          clear_sums(terms[i].sums, g0.keys);
-        }
+        load_keys(b, p.batch.center(), m.center);
+        clear_sums(m.sums, b.keys);
+        clear_sums(m.part, b.keys);
         for (int64_t n = own.samples.begin; n < own.samples.end; n += plan.chunk) {
           const int64_t count = std::min(plan.chunk, own.samples.end - n);
-          b.pack(p.x, n, count, slabs, per_group);
-          b.pack(p.g, n, count, gradients, per_group);
-          for (int64_t i = 0; i < b.groups(); ++i) {
-            const B g = b.group(i);
-            Terms& m = terms[i];
-            load_features(g, p.feature.center(), n, count, m.f.center);
-            load_features(g, p.feature.used_var(), n, count, m.f.rstd);
-            prepare_features(g, n, count, m);
-            reduce_part(g, slabs + i * per_group, gradients + i * per_group, 0, count, m);
-            finish_features(count * g.features, m);
-            store_features(g, m.f.sum, n, count, offset_f);
-            store_features(g, m.f.sum_deviation, n, count, slope_f);
-          }
+          const A *x = b.read(p.x, n, count, room), *g = b.read(p.g, n, count, room_g);
+          load_features(b, p.feature.center(), n, count, m.f.center);
+          load_features(b, p.feature.used_var(), n, count, m.f.rstd);
+          prepare_features(b, n, count, m.f, m.used_f);
+          b.reduce(x, g, count, m.center, m.part, m.f);
+          add_part(b, m);
+          finish_features(count * b.width, m.f);
+          store_features(b, m.f.sum, n, count, offset_f);
+          store_features(b, m.f.sum_deviation, n, count, slope_f);
         }
-        for (int64_t i = 0; i < b.groups(); ++i) {
-          const B g = b.group(i);
-          const int64_t at = p.per_channel ? t * keys : own.part * keys + key_offset(g);
-          for (int64_t k = 0; k < g.keys; ++k) {
-            sums_g[at + k] = (p.per_channel ? sums_g[at + k] : A(0)) + terms[i].sums.g[k];
-            sums_gd[at + k] = (p.per_channel ? sums_gd[at + k] : A(0)) + terms[i].sums.gd[k];
-            sums_d[at + k] = (p.per_channel ? sums_d[at + k] : A(0)) + terms[i].sums.d[k];
-          }
-          add_gradients(g, terms[i], false, grads[t].data());
+        const int64_t at = p.per_channel ? t * keys : own.part * keys + key_offset(b);
+        for (int64_t k = 0; k < b.keys; ++k) {
+          sums_g[at + k] = (p.per_channel ? sums_g[at + k] : A(0)) + m.sums.g[k];
+          sums_gd[at + k] = (p.per_channel ? sums_gd[at + k] : A(0)) + m.sums.gd[k];
+          sums_d[at + k] = (p.per_channel ? sums_d[at + k] : A(0)) + m.sums.d[k];
         }
+        add_gradients(b, m, false, grads[t].data());
       }
     });
     if (p.per_channel) merge_channels(plan, keys, {sums_g, sums_gd, sums_d});
     run_tasks(plan.tasks, [&](int64_t t) {
       const Share own = share(plan, t);
-      const B b0 = block(plan, own.blocks.begin), g0 = b0.group(0);
-      const int64_t per_group = plan.chunk * g0.slab;
-      A* slabs = task_scratch.take<A>(b0.groups() * per_group);
-      A* gradients = task_scratch.take<A>(b0.groups() * per_group);
-      std::vector<Terms> terms;
-      for (int64_t i = 0; i < b0.groups(); ++i) terms.push_back(take_terms(g0.keys, plan.chunk * g0.features));
+      const B b0 = block(plan, own.blocks.begin);
+      A *room = take_room(b0, plan.chunk), *room_g = take_room(b0, plan.chunk);
+      Terms m = take_terms(b0.keys, plan.chunk * b0.width);
       for (int64_t j = own.blocks.begin; j < own.blocks.end; ++j) {
         const B b = block(plan, j);
-        for (int64_t i = 0; i < b.groups(); ++i) {
-          const B g = b.group(i);
-          Terms& m = terms[i];
-          clear_sums(m.sums, g.keys);
-          load_keys(g, p.batch.center(), m.center);
-          load_keys(g, p.batch.used_var(), m.rstd);
-          const int64_t at = p.per_channel ? 0 : key_offset(g), merged = p.per_channel ? 1 : plan.parts_n;
-          for (int64_t part = 0; part < merged; ++part) {
-            for (int64_t k = 0; k < g.keys; ++k) {
-              m.sums.g[k] += sums_g[part * keys + at + k];
-              m.sums.gd[k] += sums_gd[part * keys + at + k];
-              m.sums.d[k] += sums_d[part * keys + at + k];
-            }
-          }
-          finish_keys(g, m);
+        clear_sums(m.sums, b.keys);
+        load_keys(b, p.batch.center(), m.center);
+        load_keys(b, p.batch.used_var(), m.rstd);
+        const int64_t at = p.per_channel ? 0 : key_offset(b), merged = p.per_channel ? 1 : plan.parts_n;
+        for (int64_t part = 0; part < merged; ++part) {
+          add_all(m.sums.g, sums_g + part * keys + at, b.keys);
+          add_all(m.sums.gd, sums_gd + part * keys + at, b.keys);
+          add_all(m.sums.d, sums_d + part * keys + at, b.keys);
         }
+        finish_keys(b, m);
         for (int64_t n = own.samples.begin; n < own.samples.end; n += plan.chunk) {
           const int64_t count = std::min(plan.chunk, own.samples.end - n);
-          b.pack(p.x, n, count, slabs, per_group);
-          b.pack(p.g, n, count, gradients, per_group);
-          for (int64_t i = 0; i < b.groups(); ++i) {
-            const B g = b.group(i);
-            Terms& m = terms[i];
-            A *x = slabs + i * per_group, *gy = gradients + i * per_group;
-            load_features(g, p.feature.center(), n, count, m.f.center);
-            load_features(g, p.feature.used_var(), n, count, m.f.rstd);
-            to_rstd(m.f.rstd, m.f.rstd, count * g.features);
-            load_features(g, {offset_f, p.P, 1}, n, count, m.f.sum);
-            load_features(g, {slope_f, p.P, 1}, n, count, m.f.sum_deviation);
-            g.differentiate(x, gy, g.target(gy, n), count, batch_terms(m), m.f);
-            if (!g.direct()) g.unpack(gy, n, count);
-          }
+          A *x = b.read(p.x, n, count, room), *g = b.read(p.g, n, count, room_g);
+          load_features(b, p.feature.center(), n, count, m.f.center);
+          load_features(b, p.feature.used_var(), n, count, m.f.rstd);
+          to_rstd(m.f.rstd, m.f.rstd, count * b.width, p.eps);
+          load_features(b, {offset_f, p.P, 1}, n, count, m.f.sum);
+          load_features(b, {slope_f, p.P, 1}, n, count, m.f.sum_deviation);
+          b.differentiate(x, g, b.target(g, n), count, batch_terms(m), m.f);
+          if (!b.direct()) b.unpack(g, n, count);
         }
         // The batch part is the same for every task that works on the block, and, per channel, for every block.
-        for (int64_t i = 0; i < b.groups() && own.part == 0 && !p.per_channel; ++i) {
-          add_gradients(b.group(i), terms[i], true, grads[t].data());  // sums.gf is 0: the first phase added its part
+        if (own.part == 0 && !p.per_channel) {
+          add_gradients(b, m, true, grads[t].data());  // sums.gf is 0: the first phase added its part
         }
-        if (p.per_channel && t == 0 && j == 0) channel_gradients(terms[0], grads[t].data());
+        if (p.per_channel && t == 0 && j == 0) channel_gradients(m, grads[t].data());
       }
     });
   }
 
-  // Per channel: the sums of all tasks and lanes, for every key of the first task's arrays.
+  // Per channel: the sums of all tasks, in the first one's arrays.
   void merge_channels(const Plan& plan, int64_t keys, std::initializer_list<A*> all) const {
-    const int64_t lanes = FeaturesLast ? 1 : R;
     for (A* sums : all) {
       for (int64_t c = 0; c < p.C; ++c) {
         double total = 0;
-        for (int64_t t = 0; t < plan.tasks; ++t) {
-          for (int64_t i = 0; i < lanes; ++i) total += double(sums[t * keys + c * lanes + i]);
-        }
-        for (int64_t i = 0; i < lanes; ++i) sums[c * lanes + i] = A(total);
+        for (int64_t t = 0; t < plan.tasks; ++t) total += double(sums[t * keys + c]);
+        sums[c] = A(total);
       }
     }
   }
 
   void channel_gradients(const Terms& m, double* grads) const {
     for (int64_t c = 0; c < p.C; ++c) {
-      const int64_t k = FeaturesLast ? c : c * R;
-      grads[c] += double(p.w_b) * double(m.rstd[k]) * double(m.sums.gd[k]);
-      grads[p.C + c] += double(m.sums.g[k]);
+      grads[c] += double(p.w_b) * double(m.rstd[c]) * double(m.sums.gd[c]);
+      grads[p.C + c] += double(m.sums.g[c]);
     }
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ features outside
+
+// The engine for x as N, C, P with positions side by side in memory.
+//
+// Rows of a sample are read where they lie, block by block of positions: a block is so wide that what is kept for its
+// C x width keys stays in the second cache, and all samples are read once to take statistics and, last one first, once
+// more for the result. Lanes beyond a block's last position hold values of the next row, or zeros: they are computed
+// with, since lanes never mix, and left out of whatever is stored or summed over lanes.
+template <class A>
+class Outside {
+  using V = Vec<A>;
+  static constexpr int L = kLanes<A>;
+  // Samples and rows of each that are worked on together: what belongs to a key is read once for the samples, what
+  // belongs to a sample's position once for the rows. float64 is not worth more code.
+  static constexpr int kSamples = std::is_same_v<A, double> ? 1 : 4;
+    static constexpr int kRows = std::is_same_v<A, double> ? 1 : 2;
+  static constexpr int kGradients = std::is_same_v<A, double> ? 1 : 2;
+  static constexpr int64_t kPart = 32;  // samples whose sums are taken before they are added to those of others
+  static constexpr int64_t kNear = 8;  // features whose mean is what a sample's are taken around
+  template <int I>
+  using Int = std::integral_constant<int, I>;
+
+ public:
+  explicit Outside(Problem<A>& problem) : p(problem) {}
+
+  void forward() {
+    const Plan plan = choose(p.batch.own());
+    if (p.batch.own() && plan.whole) {
+      each_span(plan, [&](const Span& s, const Share&) {
+        take_block(s, true);
+        normalise(s, {0, p.N}, true);
+      });
+      return;
+    }
+    if (p.batch.own()) take_statistics(plan);
+    each_span(plan, [&](const Span& s, const Share& own) { normalise(s, own.samples, p.batch.own()); });
+  }
+
+  void backward() {
+    const Plan plan = choose(true);
+    // Per channel, a variance is not found on the way.
+    if (p.per_channel && p.batch.var_unknown) p.batch.known = p.batch.var_unknown = false;
+    const bool missing_b = p.batch.own() && !p.batch.known;
+    bool missing_f = p.feature.own() && !p.feature.known;
+    if (missing_b) {
+      const int64_t positions = p.per_channel ? 1 : p.P;
+      p.batch.own_mean = call_scratch.take<A>(p.C * positions);
+      p.batch.own_var = call_scratch.take<A>(p.C * positions);
+      p.batch.si = positions;
+      p.batch.sp = p.per_channel ? 0 : 1;
+      if (missing_f) {
+        p.feature.own_mean = call_scratch.take<A>(p.N * p.P);
+        p.feature.own_var = call_scratch.take<A>(p.N * p.P);
+        p.feature.si = p.P;
+        p.feature.sp = 1;
+        missing_f = false;
+      }
+      if (!plan.whole) take_statistics(plan);
+    }
+    grads_.assign(plan.tasks, std::vector<double>(2 * p.C, 0.0));
+    if (plan.whole) {
+      each_span(plan, [&](const Span& s, const Share& own) {
+        if (missing_b) take_block(s, !p.feature.known);
+        const Sums sums = take_sums(task_scratch, s.keys(p.C));
+        const FeatureTerms f = take_features(task_scratch, p.N * s.apart);
+        reduce(s, {0, p.N}, missing_f, sums, f, own.task);
+        const BatchTerms b = take_terms(task_scratch, s.keys(p.C));
+        finish_positions(s, sums, b, own.task);
+        differentiate(s, {0, p.N}, b, f);
+      });
+    } else {
+      backward_in_parts(plan, missing_f);
+    }
+    for (int64_t c = 0; c < p.C; ++c) {
+      double weight = 0, bias = 0;
+      for (const auto& part : grads_) {
+        weight += part[c];
+        bias += part[p.C + c];
+      }
+      p.grad_weight[c] = A(weight * double(p.scale));
+      p.grad_bias[c] = A(bias);
+    }
+  }
+
+ private:
+  Problem<A>& p;
+  std::vector<std::vector<double>> grads_;  // of each task: of the weight and of the bias
+
+  // ---------------------------------------------------------------------------------------------------- work and data
+
+  struct Plan {
+    bool whole;  // tasks own blocks of positions with all samples: statistics need no merging
+    int64_t width, blocks;
+    int64_t tasks, parts_n, parts_b;  // tasks = parts_n * parts_b: ranges of samples and of blocks
+  };
+
+  // Positions [first, first + width) of all rows.
+  struct Span {
+    int64_t index, first, width, padded;  // padded: width in whole vectors
+    int64_t apart;  // of samples' rows of feature statistics
+    int64_t keys(int64_t C) const { return C * padded; }
+  };
+
+  struct Share {
+    int64_t task, part;  // part: of the samples
+    Range samples, blocks;
+  };
+
+  Plan choose(bool reduces) const {
+    Plan plan;
+    const int64_t tasks = std::clamp<int64_t>(p.N * p.C * p.P / 65536, 1, std::max<int64_t>(1, thread_count()));
+    // Two tasks that write parts of one row share a line of it, now and then: rows must be long for that.
+    const bool by_position = p.P >= 64 * tasks && reduces;
+    plan.whole = by_position && !(reduces && p.per_channel);
+    plan.parts_n = by_position && !p.per_channel ? 1 : std::min(tasks, p.N);
+    const int64_t parts_b = std::max<int64_t>(1, tasks / plan.parts_n);
+    constexpr int64_t line = kLine / sizeof(A);
+    // Rows of a quarter of a KiB at least, since each may lie in a page of its own.
+    int64_t width = std::max<int64_t>(4 * line, (reduces ? 1 : 4) * key_limit() / p.C / line * line);
+    width = std::min(width, ceil_div(p.P, parts_b));
+    plan.blocks = ceil_div(ceil_div(p.P, width), parts_b) * parts_b;
+    plan.width = ceil_div(ceil_div(p.P, plan.blocks), line) * line;
+    if (plan.width > p.P) plan.width = p.P;
+    plan.blocks = ceil_div(p.P, plan.width);
+    plan.parts_b = std::min(parts_b, plan.blocks);
+    plan.tasks = plan.parts_n * plan.parts_b;
+    return plan;
+  }
+
+  Span span(const Plan& plan, int64_t i) const {
+    const int64_t first = i * plan.width, width = std::min(plan.width, p.P - first);
+    const int64_t padded = ceil_div(width, L) * L;
+    return {i, first, width, padded, padded + 3 * kLine / int64_t(sizeof(A))};
+  }
+
+  template <class F>
+  void each_span(const Plan& plan, const F& f) const {
+    run_tasks(plan.tasks, [&](int64_t t) {
+      const int64_t i = t / plan.parts_b;
+      const Share own = {t, i, part_of(p.N, plan.parts_n, i), part_of(plan.blocks, plan.parts_b, t % plan.parts_b)};
+      for (int64_t b = own.blocks.begin; b < own.blocks.end; ++b) {
+        task_scratch.reset();
+        f(span(plan, b), own);
+      }
+    });
+  }
+
+  // f(samples at once, first of them): by kSamples, then one by one.
+  template <int U = kSamples, class F>
+  void each_group(const Range& samples, const F& f) const {
+    int64_t n = samples.begin;
+    for (; n + U <= samples.end; n += U) f(Int<U>(), n);
+    for (; U > 1 && n < samples.end; ++n) f(Int<1>(), n);
+  }
+  // The same the other way round: what was read last is read first.
+  template <int U = kSamples, class F>
+  void each_group_backwards(const Range& samples, const F& f) const {
+    int64_t n = samples.end;
+    const int64_t rest = U > 1 ? samples.size() % U : 0;
+    for (int64_t i = 0; i < rest; ++i) f(Int<1>(), --n);
+    for (; n > samples.begin;) f(Int<U>(), n -= U);
+  }
+
+  // Row c of sample i: at data + i * n + c * row.
+  struct View {
+    const A* data;
+    int64_t n, row;
+  };
+
+  int64_t offset(const Span& s, int64_t n) const { return n * p.sn + s.first; }
+
+  // Some rows of samples [n, n + count), as they lie in memory or, in another type or where whole vectors would read beyond the
+  // tensor, packed into `room`.
+  View read(const char* from, const Span& s, int64_t n, int64_t count, const Range& rows, A* room) const {
+    const int64_t last = (p.N - 1) * p.sn + (p.C - 1) * p.sc + p.P;
+    const int64_t end = offset(s, n + count - 1) + (p.C - 1) * p.sc + s.padded;
+    if (p.same_type && end <= last) return {reinterpret_cast<const A*>(from) + offset(s, n), p.sn, p.sc};
+    const RowShape shape = {rows.size(), s.width, p.sc, s.padded, 2 * p.sc};
+    for (int64_t i = 0; i < count; ++i) {
+      p.rows.load(from + (offset(s, n + i) + rows.begin * p.sc) * p.rows.size, shape, room + i * s.keys(p.C) + rows.begin * s.padded);
+    }
+    return {room, s.keys(p.C), s.padded};
+  }
+
+  // Where results of samples from n on go: to the output, or to `room` and from there, by `flush`.
+  struct Target {
+    A* data;
+    int64_t n, row, whole;  // whole: vectors of a row that are stored as such
+    int tail;               // values of the last one
+  };
+  Target target(const Span& s, int64_t n, A* room) const {
+    if (!p.same_type) return {room, s.keys(p.C), s.padded, s.padded / L, 0};
+    return {reinterpret_cast<A*>(p.out) + offset(s, n), p.sn, p.sc, s.width / L, int(s.width % L)};
+  }
+  void flush(const Span& s, int64_t n, int64_t count, const A* room) const {
+    if (p.same_type) return;
+    const RowShape shape = {p.C, s.width, p.sc, s.padded, 0};
+    for (int64_t i = 0; i < count; ++i) p.rows.store(room + i * s.keys(p.C), shape, p.out + offset(s, n + i) * p.rows.size);
+  }
+  A* take_room(const Span& s) const { return task_scratch.take<A>(kSamples * s.keys(p.C)); }
+
+  // Row i of a statistic over the span, zeros beyond it.
+  void load_row(const Statistic<A>& from, int64_t i, const Span& s, A* to) const {
+    if (from.sp == 1) {
+      std::memcpy(to, from.data + i * from.si + s.first, s.width * sizeof(A));
+    } else {
+      for (int64_t j = 0; j < s.width; ++j) to[j] = from.at(i, s.first + j);
+    }
+    std::fill(to + s.width, to + s.padded, A(0));
+  }
+  void load_rows(const Statistic<A>& from, Range rows, const Span& s, A* to, int64_t apart) const {
+    for (int64_t i = rows.begin; i < rows.end; ++i) load_row(from, i, s, to + (i - rows.begin) * apart);
+  }
+  void store_row(const A* from, int64_t i, const Span& s, A* to, const Side<A>& side) const {
+    if (!to) return;
+    if (side.sp == 1) {
+      std::memcpy(to + i * side.si + s.first, from, s.width * sizeof(A));
+    } else {
+      for (int64_t j = 0; j < s.width; ++j) to[i * side.si + (s.first + j) * side.sp] = from[j];
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------- the statistics
+
+  // Moments for each key, over samples.
+  struct PerPosition : RunningMoments<A> {
+    int64_t padded;
+    void begin_row(int, int64_t) {}
+    template <int N>
+    void add(int, int64_t c, int64_t at, const V* values) {
+      RunningMoments<A>::template add<N>(c * padded + at, values);
+    }
+    void end_row(int, int64_t) {}
+  };
+
+  // Moments for each feature, over samples and positions, around the mean of the first row.
+  struct PerChannel {
+    const A* shift;
+    Moments<double>* totals;
+    const Span& span;
+    V sum[kRows], square[kRows];
+    int n = 0;
+
+    void restart() {}
+    void begin(int samples) { n = samples; }
+    void begin_row(int r, int64_t) { sum[r] = square[r] = V{}; }
+    template <int N>
+    void add(int r, int64_t c, int64_t at, const V* values) {
+      const V s = splat<A>(shift[c]);
+#pragma GCC unroll 8
+      for (int u = 0; u < N; ++u) {
+        V d = values[u] - s;
+        if (at + L > span.width) d = only<A>(d, int(span.width - at));
+        sum[r] += d;
+        square[r] += d * d;
+      }
+    }
+    void end_row(int r, int64_t c) {
+      const double count = double(n * span.width), total = double(sum_all<A>(sum[r])), mean = total / count;
+      totals[c].merge(count, double(shift[c]) + mean, std::max(0.0, double(sum_all<A>(square[r])) - total * mean));
+    }
+  };
+
+  struct NoBatch {
+    void begin(int) {}
+    void begin_row(int, int64_t) {}
+    template <int N>
+    void add(int, int64_t, int64_t, const V*) {}
+    void end_row(int, int64_t) {}
+  };
+
+  // Of each sample and position: the mean of the first features, and sums over the features around it.
+  struct FeatureSums {
+    A *shift, *sum, *square;
+    FeatureSums at(int64_t i) const { return {shift + i, sum + i, square + i}; }
+  };
+  FeatureSums take_feature_sums(int64_t count) const {
+    return {task_scratch.take<A>(count), task_scratch.take<A>(count), task_scratch.take<A>(count)};
+  }
+
+  template <int N>
+  void begin_features(const View& x, const Span& s, const FeatureSums& f) const {
+    const int64_t near = std::min(kNear, p.C);
+    for (int u = 0; u < N; ++u) {
+      for (int64_t j = 0; j < s.padded; j += L) {
+        V total{};
+        for (int64_t c = 0; c < near; ++c) total += get<A>(x.data + u * x.n + c * x.row + j);
+        put<A>(f.shift + u * s.apart + j, total * (A(1) / A(near)));
+      }
+    }
+    for (A* array : {f.sum, f.square}) std::fill(array, array + N * s.apart, A(0));
+  }
+
+  // To means and variances of `count` values; the arrays may be those of the sums.
+  void end_features(int64_t count, const FeatureSums& f, A* mean, A* var) const {
+    const A inverse = A(1) / A(p.C);
+    for (int64_t k = 0; k < count; k += L) {
+      const V d = get<A>(f.sum + k) * inverse, square = get<A>(f.square + k);
+      put<A>(mean + k, get<A>(f.shift + k) + d);
+      put<A>(var + k, square * inverse - d * d);
+    }
+  }
+
+  // Both of N samples, in one pass.
+  template <int N>
+  void features(const View& x, const Span& s, const FeatureSums& f, A* mean, A* var) const {
+    NoBatch none;
+    begin_features<N>(x, s, f);
+    each_rows({0, p.C}, [&](auto rows, int64_t c) { add_moments<N, rows>(x, s, c, none, f); });
+    end_features(N * s.apart, f, mean, var);
+  }
+
+  template <class F>
+  void each_rows(const Range& rows, const F& f) const {
+    int64_t c = rows.begin;
+    for (; c + kRows <= rows.end; c += kRows) f(Int<kRows>(), c);
+    for (; kRows > 1 && c < rows.end; ++c) f(Int<1>(), c);
+  }
+
+  // f(features, whether they are the first, whether they are the last): so many that their keys stay in the second
+  // cache.
+  template <class F>
+  void each_part(const Span& s, const F& f) const {
+    const int64_t parts = ceil_div(p.C, std::max(kNear, key_limit() / s.padded));
+    for (int64_t i = 0; i < parts; ++i) f(part_of(p.C, parts, i), i == 0, i == parts - 1);
+  }
+  static int64_t key_limit() { return caches().second / (16 * int64_t(sizeof(A))); }
+
+
+  template <int N, int M, class Batch>
+  void add_moments(const View& x, const Span& s, int64_t c, Batch& batch, const FeatureSums& f) const {
+    const A* rows = x.data + c * x.row;
+    const int64_t n = x.n, row = x.row, padded = s.padded, apart = s.apart;
+    A *shift = f.shift, *sum = f.sum, *square = f.square;
+    for (int r = 0; r < M; ++r) batch.begin_row(r, c + r);
+    for (int64_t j = 0; j < padded; j += L) {
+      V values[M][N];
+#pragma GCC unroll 8
+      for (int u = 0; u < N; ++u) {
+        const int64_t k = u * apart + j;
+        const V s = get<A>(shift + k);
+        V total{}, squares{};
+#pragma GCC unroll 8
+        for (int r = 0; r < M; ++r) {
+          const A* at = rows + u * n + r * row + j;
+          __builtin_prefetch(at + 2 * row);
+          values[r][u] = get<A>(at);
+          const V d = values[r][u] - s;
+          total += d;
+          squares += d * d;
+        }
+        put<A>(sum + k, get<A>(sum + k) + total);
+        put<A>(square + k, get<A>(square + k) + squares);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) batch.template add<N>(r, c + r, j, values[r]);
+    }
+    for (int r = 0; r < M; ++r) batch.end_row(r, c + r);
+  }
+
+  // The moments of samples over a span, into `batch`; own feature statistics to where they are wanted.
+  template <class Batch>
+  void take(const Span& s, const Range& samples, Batch& batch, bool with_feature) const {
+    A* room = take_room(s);
+    const FeatureSums all = take_feature_sums(samples.size() * s.apart);
+    each_part(s, [&](const Range& rows, bool first, bool last) {
+      batch.restart();
+      each_group(samples, [&](auto count, int64_t n) {
+        const View x = read(p.x, s, n, count, rows, room);
+        const FeatureSums f = all.at((n - samples.begin) * s.apart);
+        if (first) begin_features<count>(x, s, f);
+        batch.begin(count);
+        each_rows(rows, [&](auto some, int64_t c) { add_moments<count, some>(x, s, c, batch, f); });
+        if (!last || !with_feature || !p.feature.own()) return;
+        end_features(count * s.apart, f, f.sum, f.square);
+        for (int u = 0; u < count; ++u) {
+          store_row(f.sum + u * s.apart, n + u, s, p.feature.own_mean, p.feature);
+          store_row(f.square + u * s.apart, n + u, s, p.feature.own_var, p.feature);
+        }
+      });
+    });
+  }
+
+  // Moments of samples at these arrays of C * padded values, around the mean of the first of them.
+  PerPosition start(const Span& s, const Range& samples, A* shift, A* mean, A* squares) const {
+    const int64_t near = std::min<int64_t>(4, samples.size());
+    const View x = read(p.x, s, samples.begin, near, {0, p.C}, task_scratch.take<A>(near * s.keys(p.C)));
+    for (int64_t c = 0; c < p.C; ++c) {
+      for (int64_t j = 0; j < s.padded; j += L) {
+        V total{};
+        for (int64_t i = 0; i < near; ++i) total += get<A>(x.data + i * x.n + c * x.row + j);
+        put<A>(shift + c * s.padded + j, total * (A(1) / A(near)));
+      }
+    }
+    std::fill(mean, mean + s.keys(p.C), A(0));
+    std::fill(squares, squares + s.keys(p.C), A(0));
+    return {{shift, mean, squares}, s.padded};
+  }
+
+  // Own statistics of all samples over a span, stored.
+  void take_block(const Span& s, bool with_feature) const {
+    const int64_t keys = s.keys(p.C);
+    A* arrays = task_scratch.take<A>(3 * keys);
+    PerPosition batch = start(s, {0, p.N}, arrays, arrays + keys, arrays + 2 * keys);
+    take(s, {0, p.N}, batch, with_feature);
+    const A inverse = A(1) / A(p.N);
+    for (int64_t k = 0; k < keys; k += L) {
+      put<A>(batch.mean + k, get<A>(batch.mean + k) + get<A>(batch.shift + k));
+      put<A>(batch.squares + k, get<A>(batch.squares + k) * inverse);
+    }
+    for (int64_t c = 0; c < p.C; ++c) {
+      store_row(batch.mean + c * s.padded, c, s, p.batch.own_mean, p.batch);
+      store_row(batch.squares + c * s.padded, c, s, p.batch.own_var, p.batch);
+    }
+  }
+
+  // Where a span's arrays begin among those of all spans.
+  int64_t place(const Plan& plan, const Span& s) const { return s.index * span(plan, 0).keys(p.C); }
+  int64_t all_keys(const Plan& plan) const { return plan.blocks * span(plan, 0).keys(p.C); }
+
+  // Own statistics in parts, merged in a fixed order, stored.
+  void take_statistics(const Plan& plan) const {
+    if (p.per_channel) return take_channels(plan);
+    const int64_t keys = all_keys(plan);
+    A* arrays = call_scratch.take<A>(3 * plan.parts_n * keys);
+    auto of_part = [&](int64_t part, const Span& s) { return arrays + 3 * part * keys + place(plan, s); };
+    each_span(plan, [&](const Span& s, const Share& own) {
+      A* shift = of_part(own.part, s);
+      PerPosition batch = start(s, own.samples, shift, shift + keys, shift + 2 * keys);
+      take(s, own.samples, batch, !p.feature.known);
+    });
+    run_tasks(plan.tasks, [&](int64_t t) {
+      A* mean = task_scratch.take<A>(2 * span(plan, 0).padded);
+      A* var = mean + span(plan, 0).padded;
+      const Range rows = part_of(plan.blocks * p.C, plan.tasks, t);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const Span s = span(plan, i / p.C);
+        const int64_t c = i % p.C;
+        for (int64_t j = 0; j < s.padded; j += L) {
+          V m{}, squares{};
+          A count = 0;
+          for (int64_t part = 0; part < plan.parts_n; ++part) {
+            const A* at = of_part(part, s) + c * s.padded + j;
+            const A more = A(part_of(p.N, plan.parts_n, part).size()), share = more / (count + more);
+            const V delta = get<A>(at) + get<A>(at + keys) - m;
+            m += delta * share;
+            squares += get<A>(at + 2 * keys) + delta * delta * (count * share);
+            count += more;
+          }
+          put<A>(mean + j, m);
+          put<A>(var + j, squares * (A(1) / count));
+        }
+        store_row(mean, c, s, p.batch.own_mean, p.batch);
+        store_row(var, c, s, p.batch.own_var, p.batch);
+      }
+    });
+  }
+
+  void take_channels(const Plan& plan) const {
+    std::vector<std::vector<Moments<double>>> parts(plan.tasks, std::vector<Moments<double>>(p.C));
+    each_span(plan, [&](const Span& s, const Share& own) {
+      A* shift = task_scratch.take<A>(p.C);
+      const View x = read(p.x, s, own.samples.begin, 1, {0, p.C}, take_room(s));
+      for (int64_t c = 0; c < p.C; ++c) {
+        A total = 0;
+        for (int64_t j = 0; j < std::min<int64_t>(s.width, 64); ++j) total += x.data[c * x.row + j];
+        shift[c] = total / A(std::min<int64_t>(s.width, 64));
+      }
+      PerChannel batch{shift, parts[own.task].data(), s};
+      take(s, own.samples, batch, !p.feature.known);
+    });
+    for (int64_t c = 0; c < p.C; ++c) {
+      Moments<double> total;
+      for (const auto& part : parts) total.merge(part[c].count, part[c].mean, part[c].squares);
+      if (p.batch.own_mean) p.batch.own_mean[c * p.batch.si] = A(total.mean);
+      if (p.batch.own_var) p.batch.own_var[c * p.batch.si] = A(total.squares / total.count);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------------ the output
+
+  // features_known: own feature statistics are where they belong already.
+  void normalise(const Span& s, const Range& samples, bool features_known) const {
+    const int64_t keys = s.keys(p.C), rows = kSamples * s.apart;
+    A *mean_b = task_scratch.take<A>(keys), *scale_b = task_scratch.take<A>(keys);
+    load_rows(p.batch.used_mean(), {0, p.C}, s, mean_b, s.padded);
+    load_rows(p.batch.used_var(), {0, p.C}, s, scale_b, s.padded);
+    for (int64_t c = 0; c < p.C; ++c) to_scale(scale_b + c * s.padded, scale_b + c * s.padded, s.padded, p.eps, p.exact_w_b * p.exact_W[c]);
+    A *room = take_room(s), *mean_f = task_scratch.take<A>(rows), *rstd_f = task_scratch.take<A>(rows);
+    const FeatureSums sums = take_feature_sums(rows);
+    const bool inline_features = p.feature.own() && !features_known;
+    auto group = [&](auto count, int64_t n) {
+      const View x = read(p.x, s, n, count, {0, p.C}, room);
+      if (inline_features) features<count>(x, s, sums, mean_f, rstd_f);
+      const Range own = {n, n + count};
+      if (inline_features) {
+        for (int u = 0; u < count; ++u) {
+          store_row(mean_f + u * s.apart, n + u, s, p.feature.own_mean, p.feature);
+          store_row(rstd_f + u * s.apart, n + u, s, p.feature.own_var, p.feature);
+        }
+      }
+      if (!inline_features || p.feature.mean.data) load_rows(p.feature.used_mean(), own, s, mean_f, s.apart);
+      if (!inline_features || p.feature.var.data) load_rows(p.feature.used_var(), own, s, rstd_f, s.apart);
+      to_rstd(rstd_f, rstd_f, count * s.apart, p.eps, p.w_f);
+      normalise_some<count>(x, target(s, n, room), s, mean_b, scale_b, mean_f, rstd_f);
+      flush(s, n, count, room);
+    };
+    // Read twice, few samples at a time: they should stay in the second cache.
+    if (inline_features && kSamples * keys * int64_t(sizeof(A)) > caches().second / 2) {
+      for (int64_t n = samples.begin; n < samples.end; ++n) group(Int<1>(), n);
+    } else if (inline_features) {
+      each_group(samples, group);
+    } else {
+      each_group_backwards(samples, group);
+    }
+  }
+
+  template <int N>
+  void normalise_some(const View& x, const Target& out, const Span& s, const A* mean_b, const A* scale_b, const A* mean_f, const A* rstd_f) const {
+    const int64_t padded = s.padded, apart = s.apart;
+    const View from = x;
+    const Target to = out;
+    for (int64_t c = 0; c < p.C; ++c) {
+      const V W = splat<A>(p.W[c]), bias = splat<A>(p.bias[c]);
+      const A *row = from.data + c * from.row, *mb = mean_b + c * padded, *sb = scale_b + c * padded;
+      A* y = to.data + c * to.row;
+      auto value = [&](int64_t j, int u, V m, V scale) {
+        const V v = get<A>(row + u * from.n + j);
+        return (v - m) * scale + ((v - get<A>(mean_f + u * apart + j)) * get<A>(rstd_f + u * apart + j) * W + bias);
+      };
+      int64_t j = 0;
+      for (; j < to.whole * L; j += L) {
+        const V m = get<A>(mb + j), scale = get<A>(sb + j);
+        V values[N];
+#pragma GCC unroll 8
+        for (int u = 0; u < N; ++u) {
+          __builtin_prefetch(row + u * from.n + j + from.row);
+          values[u] = value(j, u, m, scale);
+        }
+#pragma GCC unroll 8
+        for (int u = 0; u < N; ++u) put<A>(y + u * to.n + j, values[u]);
+      }
+      if (to.tail) {
+        for (int u = 0; u < N; ++u) put_part<A>(y + u * to.n + j, value(j, u, get<A>(mb + j), get<A>(sb + j)), to.tail);
+      }
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------------ the gradient
+
+  // For each key: sums over samples of g, g * (x - center), x - center, and (x - center)^2 where the variance is wanted.
+  struct Sums {
+    A *center, *g, *gd, *d, *square;
+    std::array<A*, 4> all() const { return {g, gd, d, square}; }
+  };
+  Sums take_sums(Scratch& scratch, int64_t keys) const {
+    Sums sums;
+    for (A** array : {&sums.center, &sums.g, &sums.gd, &sums.d, &sums.square}) *array = scratch.take<A>(keys);
+    return sums;
+  }
+  // For each key: dx = g * (scale + rstd_f * W * w_f) - (x - center) * slope - offset - the features' part.
+  struct BatchTerms {
+    A *center, *scale, *slope, *offset;
+  };
+  BatchTerms take_terms(Scratch& scratch, int64_t keys) const {
+    BatchTerms terms;
+    for (A** array : {&terms.center, &terms.scale, &terms.slope, &terms.offset}) *array = scratch.take<A>(keys);
+    return terms;
+  }
+  // For each sample and position, with G = g * W * w_f. center and rstd are of the feature part; base and slope hold
+  // sums over the features of G and G * (x - center) first, then what is taken off dx, as above.
+  struct FeatureTerms {
+    A *center, *rstd, *base, *slope;
+    FeatureTerms at(int64_t i) const { return {center + i, rstd + i, base + i, slope + i}; }
+  };
+  FeatureTerms take_features(Scratch& scratch, int64_t count) const {
+    FeatureTerms f;
+    for (A** array : {&f.center, &f.rstd, &f.base, &f.slope}) *array = scratch.take<A>(count);
+    return f;
+  }
+
+  struct SumsPerPosition {
+    Sums total, sums;  // sums: of the samples since the last flush, so that no sum has many terms of its own size
+    bool squares;
+    int64_t padded;
+    void flush(const Range& rows) {
+      const auto to = total.all(), from = sums.all();
+      for (size_t i = 0; i < to.size(); ++i) {
+        for (int64_t k = rows.begin * padded; k < rows.end * padded; k += L) {
+          put<A>(to[i] + k, get<A>(to[i] + k) + get<A>(from[i] + k));
+          put<A>(from[i] + k, V{});
+        }
+      }
+    }
+    void begin_row(int, int64_t) {}
+    template <int N>
+    void add(int, int64_t c, int64_t at, const V* x, const V* g) {
+      const int64_t k = c * padded + at;
+      const V center = get<A>(sums.center + k);
+      V sg{}, sgd{}, sd{}, sq{};
+#pragma GCC unroll 8
+      for (int u = 0; u < N; ++u) {
+        const V d = x[u] - center;
+        sg += g[u];
+        sgd += g[u] * d;
+        sd += d;
+        sq += d * d;
+      }
+      put<A>(sums.g + k, get<A>(sums.g + k) + sg);
+      put<A>(sums.gd + k, get<A>(sums.gd + k) + sgd);
+      put<A>(sums.d + k, get<A>(sums.d + k) + sd);
+      if (squares) put<A>(sums.square + k, get<A>(sums.square + k) + sq);
+    }
+    void end_row(int, int64_t) {}
+  };
+
+  struct SumsPerChannel {
+    const A* center;
+    double *g, *gd, *d;
+    const Span& span;
+    V sg[kRows], sgd[kRows], sd[kRows];
+    void flush(const Range&) {}
+    void begin_row(int r, int64_t) { sg[r] = sgd[r] = sd[r] = V{}; }
+    template <int N>
+    void add(int r, int64_t c, int64_t at, const V* x, const V* grad) {
+      const bool partial = at + L > span.width;
+      for (int u = 0; u < N; ++u) {
+        V off = x[u] - splat<A>(center[c]), gv = grad[u];
+        if (partial) {
+          off = only<A>(off, int(span.width - at));
+          gv = only<A>(gv, int(span.width - at));
+        }
+        sg[r] += gv;
+        sgd[r] += gv * off;
+        sd[r] += off;
+      }
+    }
+    void end_row(int r, int64_t c) {
+      g[c] += double(sum_all<A>(sg[r]));
+      gd[c] += double(sum_all<A>(sgd[r]));
+      d[c] += double(sum_all<A>(sd[r]));
+    }
+  };
+
+  // offset: rstd * (center - used mean) of N samples. Adds the feature part of the weight's gradient to grad.
+  template <int N, int M, class Batch>
+  void add_sums(const View& x, const View& g, const Span& s, int64_t c, Batch& batch, const FeatureTerms& terms, const A* offset, double* grad) const {
+    const int64_t padded = s.padded, apart = s.apart, whole = s.width / L * L;
+    const FeatureTerms f = terms;
+    const View from = x, gradient = g;
+    V gf[M] = {}, W[M];
+    for (int r = 0; r < M; ++r) {
+      W[r] = splat<A>(p.W[c + r]);
+      batch.begin_row(r, c + r);
+    }
+    for (int64_t j = 0; j < padded; j += L) {
+      V xs[M][N], gs[M][N], part[M] = {};
+#pragma GCC unroll 8
+      for (int u = 0; u < N; ++u) {
+        const int64_t k = u * apart + j;
+        const V center = get<A>(f.center + k), rstd = get<A>(f.rstd + k), off = get<A>(offset + k);
+        V sum{}, deviation{};
+#pragma GCC unroll 8
+        for (int r = 0; r < M; ++r) {
+          const A *x_at = from.data + u * from.n + (c + r) * from.row + j, *g_at = gradient.data + u * gradient.n + (c + r) * gradient.row + j;
+          __builtin_prefetch(x_at + 2 * from.row);
+          __builtin_prefetch(g_at + 2 * gradient.row);
+          const V xv = xs[r][u] = get<A>(x_at), gv = gs[r][u] = get<A>(g_at);
+          const V d = xv - center, gw = gv * W[r];
+          sum += gw;
+          deviation += gw * d;
+          part[r] += gv * (d * rstd + off);
+        }
+        put<A>(f.base + k, get<A>(f.base + k) + sum);
+        put<A>(f.slope + k, get<A>(f.slope + k) + deviation);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < M; ++r) {
+        gf[r] += j < whole ? part[r] : only<A>(part[r], int(s.width - whole));
+        batch.template add<N>(r, c + r, j, xs[r], gs[r]);
+      }
+    }
+    for (int r = 0; r < M; ++r) {
+      batch.end_row(r, c + r);
+      grad[c + r] += double(p.w_f) * double(sum_all<A>(gf[r]));
+    }
+  }
+
+  // The reductions of the backward pass over samples of a span: f gets their features' terms, batch the keys' sums.
+  template <class Batch>
+  void reduce_samples(const Span& s, const Range& samples, bool missing_f, Batch& batch, const FeatureTerms& all, int64_t task) {
+    const int64_t rows = kSamples * s.apart;
+    A *room = take_room(s), *room_g = take_room(s), *used = task_scratch.take<A>(rows), *offsets = task_scratch.take<A>(samples.size() * s.apart);
+    const FeatureSums sums = take_feature_sums(rows);
+    each_part(s, [&](const Range& part, bool first, bool last) {
+      each_group<kGradients>(samples, [&](auto count, int64_t n) {
+        const int64_t at = (n - samples.begin) * s.apart;
+        const FeatureTerms f = all.at(at);
+        A* offset = offsets + at;
+        const View x = read(p.x, s, n, count, first && missing_f ? Range{0, p.C} : part, room);
+        if (first) begin_terms<count>(x, s, n, missing_f, sums, f, offset, used);
+        const View g = read(p.g, s, n, count, part, room_g);
+        each_rows(part, [&](auto some, int64_t c) { add_sums<count, some>(x, g, s, c, batch, f, offset, grads_[task].data()); });
+        if (last) end_terms(count * s.apart, f, offset);
+        if ((n - samples.begin + count) % kPart == 0) batch.flush(part);
+      });
+      batch.flush(part);
+    });
+  }
+
+  template <int N>
+  void begin_terms(const View& x, const Span& s, int64_t n, bool missing_f, const FeatureSums& sums, const FeatureTerms& f, A* offset, A* used) const {
+    const Range own = {n, n + N};
+    const int64_t size = N * s.apart;
+    if (missing_f) {
+      features<N>(x, s, sums, f.center, f.rstd);
+      if (p.feature.var.data) load_rows(p.feature.var, own, s, f.rstd, s.apart);
+    } else {
+      load_rows(p.feature.center(), own, s, f.center, s.apart);
+      load_rows(p.feature.used_var(), own, s, f.rstd, s.apart);
+    }
+    to_rstd(f.rstd, f.rstd, size, p.eps, A(1));
+    if (p.feature.own() && p.feature.mean.data) {
+      load_rows(p.feature.mean, own, s, used, s.apart);
+      for (int64_t k = 0; k < size; k += L) put<A>(offset + k, get<A>(f.rstd + k) * (get<A>(f.center + k) - get<A>(used + k)));
+    } else {
+      std::fill(offset, offset + size, A(0));
+    }
+    for (A* array : {f.base, f.slope}) std::fill(array, array + size, A(0));
+  }
+
+  void end_terms(int64_t size, const FeatureTerms& f, const A* offset) const {
+    const A inverse = A(1) / A(p.C), w_f = p.w_f;
+    const A mean_own = p.feature.mean.data ? A(0) : inverse, var_own = p.feature.var.data ? A(0) : inverse;
+    for (int64_t k = 0; k < size; k += L) {
+      const V rstd = get<A>(f.rstd + k), sum = get<A>(f.base + k) * w_f;
+      // sum of G * (x - used mean) = that around the center + (center - used mean) * sum of G
+      const V deviation = get<A>(f.slope + k) * w_f * rstd + get<A>(offset + k) * sum;
+      put<A>(f.base + k, rstd * sum * mean_own);
+      put<A>(f.slope + k, rstd * rstd * deviation * var_own);
+    }
+  }
+
+  void reduce(const Span& s, const Range& samples, bool missing_f, const Sums& sums, const FeatureTerms& f, int64_t task) {
+    load_rows(p.batch.center(), {0, p.C}, s, sums.center, s.padded);
+    Sums part = take_sums(task_scratch, s.keys(p.C));
+    part.center = sums.center;
+    for (const Sums& each : {sums, part}) {
+      for (A* array : each.all()) std::fill(array, array + s.keys(p.C), A(0));
+    }
+    SumsPerPosition batch{sums, part, p.batch.var_unknown, s.padded};
+    reduce_samples(s, samples, missing_f, batch, f, task);
+  }
+
+  // From the sums for the keys of feature c, of which `count` are real, the variances that were used and the means, if they
+  // are not the center, to their terms. Returns the batch part of the gradients of weight and bias.
+  std::pair<double, double> finish(int64_t c, int64_t count, const Sums& sums, const BatchTerms& terms, A* var, const A* used) const {
+    const A inverse = A(1) / A(p.batch_count());
+    const A mean_own = p.batch.mean.data ? A(0) : inverse, var_own = p.batch.var.data ? A(0) : inverse;
+    // What rounding left in the center, which is the own mean: sums over many samples need it if the mean is large.
+    const A residue = p.batch.own() ? inverse : A(0), residue_of_mean = p.batch.mean.data ? A(0) : residue;
+    for (int64_t k = 0; k < count && p.batch.var_unknown; k += L) {
+      const V d = get<A>(sums.d + k) * inverse;
+      put<A>(var + k, get<A>(sums.square + k) * inverse - d * d);
+    }
+    const int64_t padded = ceil_div(count, L) * L;
+    to_scale(var, terms.scale, padded, p.eps, p.exact_w_b * p.exact_W[c]);
+    to_scale(var, var, padded, p.eps, 1);
+    V weight{}, bias{};
+    for (int64_t k = 0; k < count; k += L) {
+      const V r = get<A>(var + k), g = get<A>(sums.g + k), d = get<A>(sums.d + k), center = get<A>(sums.center + k);
+      V gd = get<A>(sums.gd + k) - d * g * residue_of_mean;
+      if (used) gd += (center - get<A>(used + k)) * g;
+      const bool partial = k + L > count;
+      weight += partial ? only<A>(r * gd, int(count - k)) : r * gd;
+      bias += partial ? only<A>(g, int(count - k)) : g;
+      const V scale = get<A>(terms.scale + k), slope = scale * r * r * gd * var_own;
+      put<A>(terms.center + k, center);
+      put<A>(terms.slope + k, slope);
+      put<A>(terms.offset + k, scale * g * mean_own - d * slope * residue);
+    }
+    return {double(sum_all<A>(weight)) * double(p.w_b), double(sum_all<A>(bias))};
+  }
+
+  static Sums shift(const Sums& s, int64_t k) { return {s.center + k, s.g + k, s.gd + k, s.d + k, s.square + k}; }
+  static BatchTerms shift(const BatchTerms& b, int64_t k) { return {b.center + k, b.scale + k, b.slope + k, b.offset + k}; }
+
+  void finish_position_row(const Span& s, int64_t c, const Sums& sums, const BatchTerms& terms, A* var, A* used, int64_t task) {
+    if (!p.batch.var_unknown) load_row(p.batch.used_var(), c, s, var);
+    const bool other = p.batch.own() && p.batch.mean.data;
+    if (other) load_row(p.batch.mean, c, s, used);
+    const auto [weight, bias] = finish(c, s.width, sums, terms, var, other ? used : nullptr);
+    grads_[task][c] += weight;
+    grads_[task][p.C + c] += bias;
+  }
+
+  void finish_positions(const Span& s, const Sums& sums, const BatchTerms& terms, int64_t task) {
+    A *var = task_scratch.take<A>(s.padded), *used = task_scratch.take<A>(s.padded);
+    for (int64_t c = 0; c < p.C; ++c) finish_position_row(s, c, shift(sums, c * s.padded), shift(terms, c * s.padded), var, used, task);
+  }
+
+  void differentiate(const Span& s, const Range& samples, const BatchTerms& b, const FeatureTerms& f) const {
+    A *room = take_room(s), *room_g = take_room(s);
+    each_group_backwards<kGradients>(samples, [&](auto count, int64_t n) {
+      const View x = read(p.x, s, n, count, {0, p.C}, room), g = read(p.g, s, n, count, {0, p.C}, room_g);
+      differentiate_some<count>(x, g, target(s, n, room_g), s, b, f.at((n - samples.begin) * s.apart));
+      flush(s, n, count, room_g);
+    });
+  }
+
+  template <int N>
+  void differentiate_some(const View& x, const View& g, const Target& out, const Span& s, const BatchTerms& terms, const FeatureTerms& features) const {
+    const int64_t padded = s.padded, apart = s.apart;
+    const View from = x, gradient = g;
+    const Target to = out;
+    const FeatureTerms f = features;
+    for (int64_t c = 0; c < p.C; ++c) {
+      const V W = splat<A>(p.W[c] * p.w_f);
+      const A *row = from.data + c * from.row, *row_g = gradient.data + c * gradient.row;
+      const BatchTerms b = shift(terms, c * padded);
+      A* dx = to.data + c * to.row;
+      auto value = [&](int64_t j, int u, V center, V scale, V slope, V offset) {
+        const V xv = get<A>(row + u * from.n + j), gv = get<A>(row_g + u * gradient.n + j);
+        const int64_t k = u * apart + j;
+        return gv * (scale + get<A>(f.rstd + k) * W) - (xv - center) * slope - (xv - get<A>(f.center + k)) * get<A>(f.slope + k) - (offset + get<A>(f.base + k));
+      };
+      int64_t j = 0;
+      for (; j < to.whole * L; j += L) {
+        const V center = get<A>(b.center + j), scale = get<A>(b.scale + j), slope = get<A>(b.slope + j), offset = get<A>(b.offset + j);
+        V values[N];
+#pragma GCC unroll 8
+        for (int u = 0; u < N; ++u) {
+          __builtin_prefetch(row + u * from.n + j + from.row);
+          __builtin_prefetch(row_g + u * gradient.n + j + gradient.row);
+          values[u] = value(j, u, center, scale, slope, offset);
+        }
+#pragma GCC unroll 8
+        for (int u = 0; u < N; ++u) put<A>(dx + u * to.n + j, values[u]);
+      }
+      if (to.tail) {
+        const V center = get<A>(b.center + j), scale = get<A>(b.scale + j), slope = get<A>(b.slope + j), offset = get<A>(b.offset + j);
+        for (int u = 0; u < N; ++u) put_part<A>(dx + u * to.n + j, value(j, u, center, scale, slope, offset), to.tail);
+      }
+    }
+  }
+
+  void backward_in_parts(const Plan& plan, bool missing_f) {
+    const int64_t padded = span(plan, 0).padded, apart = span(plan, 0).apart, keys = p.per_channel ? p.C * L : all_keys(plan);
+    const FeatureTerms features = take_features(call_scratch, plan.blocks * p.N * apart);
+    auto of_span = [&](const Span& s, const Share& own) { return features.at(s.index * p.N * apart + own.samples.begin * s.apart); };
+    const BatchTerms terms = take_terms(call_scratch, keys);
+    if (p.per_channel) {
+      std::vector<std::vector<double>> totals(plan.tasks, std::vector<double>(3 * p.C, 0.0));
+      std::vector<A> center(p.C);
+      for (int64_t c = 0; c < p.C; ++c) center[c] = p.batch.center().at(c, 0);
+      each_span(plan, [&](const Span& s, const Share& own) {
+        double* sums = totals[own.task].data();
+        SumsPerChannel batch{center.data(), sums, sums + p.C, sums + 2 * p.C, s};
+        reduce_samples(s, own.samples, missing_f, batch, of_span(s, own), own.task);
+      });
+      const Sums sums = take_sums(call_scratch, L);
+      A var[L] = {}, used[L] = {};
+      for (int64_t c = 0; c < p.C; ++c) {
+        double total[3] = {};
+        for (const auto& part : totals) {
+          for (int i = 0; i < 3; ++i) total[i] += part[i * p.C + c];
+        }
+        std::fill(sums.center, sums.center + L, center[c]);
+        std::fill(sums.g, sums.g + L, A(total[0]));
+        std::fill(sums.gd, sums.gd + L, A(total[1]));
+        std::fill(sums.d, sums.d + L, A(total[2]));
+        std::fill(var, var + L, p.batch.used_var().at(c, 0));
+        const bool other = p.batch.own() && p.batch.mean.data;
+        if (other) std::fill(used, used + L, p.batch.mean.at(c, 0));
+        const auto [weight, bias] = finish(c, 1, sums, shift(terms, c * L), var, other ? used : nullptr);
+        grads_[0][c] += weight;
+        grads_[0][p.C + c] += bias;
+      }
+      each_span(plan, [&](const Span& s, const Share& own) {
+        const BatchTerms expanded = take_terms(task_scratch, s.keys(p.C));
+        for (int64_t c = 0; c < p.C; ++c) {
+          for (auto [from, to] : {std::pair(terms.center, expanded.center), std::pair(terms.scale, expanded.scale), std::pair(terms.slope, expanded.slope), std::pair(terms.offset, expanded.offset)}) {
+            std::fill(to + c * s.padded, to + (c + 1) * s.padded, from[c * L]);
+          }
+        }
+        differentiate(s, own.samples, expanded, of_span(s, own));
+      });
+      return;
+    }
+    std::vector<Sums> parts;
+    for (int64_t i = 0; i < plan.parts_n; ++i) parts.push_back(take_sums(call_scratch, keys));
+    each_span(plan, [&](const Span& s, const Share& own) {
+      reduce(s, own.samples, missing_f, shift(parts[own.part], place(plan, s)), of_span(s, own), own.task);
+    });
+    run_tasks(plan.tasks, [&](int64_t t) {
+      A *var = task_scratch.take<A>(padded), *used = task_scratch.take<A>(padded);
+      const Range rows = part_of(plan.blocks * p.C, plan.tasks, t);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const Span s = span(plan, i / p.C);
+        const int64_t c = i % p.C, at = place(plan, s) + c * s.padded;
+        const Sums first = shift(parts[0], at);
+        for (int64_t part = 1; part < plan.parts_n; ++part) {
+          const Sums more = shift(parts[part], at);
+          for (int64_t j = 0; j < s.padded; ++j) {
+            first.g[j] += more.g[j];
+            first.gd[j] += more.gd[j];
+            first.d[j] += more.d[j];
+            first.square[j] += more.square[j];
+          }
+        }
+        finish_position_row(s, c, first, shift(terms, at), var, used, t);
+      }
+    });
+    each_span(plan, [&](const Span& s, const Share& own) { differentiate(s, own.samples, shift(terms, place(plan, s)), of_span(s, own)); });
   }
 };
 
 // The file is compiled three times, side by side, and linked: LIGHTNING_BLN_PART says which engines an object holds. The
 // first one holds everything else besides.
-template <class A, bool FeaturesLast>
+template <class A, bool FeaturesInside>
 void run(Problem<A>& p, bool backward);
 
-template <class A, bool FeaturesLast>
+template <class A, bool FeaturesInside>
 void run_here(Problem<A>& p, bool backward) {
-  Engine<A, FeaturesLast> engine(p);
+  using Chosen = std::conditional_t<FeaturesInside, Inside<A>, Outside<A>>;
+  Chosen engine(p);
   backward ? engine.backward() : engine.forward();
 }
 
@@ -1844,7 +2431,7 @@ struct Input {
   int64_t axis;
   bool copied = false;
   int64_t N, C, P, sn, sc, sp;
-  bool features_last = false;
+  bool features_inside = false;
 
   Input(const Tensor& given, int64_t feature_dim) : x(given), axis(feature_dim) {
     if (!same_strides(x, torch::stable::empty_like(x)) || !fits()) {
@@ -1875,8 +2462,8 @@ struct Input {
     sp = position_stride(x, 1, axis);
     if (P == 1) sp = 0;
     if (C == 1) sc = 0;
-    features_last = P == 1 ? (C == 1 || sc == 1) : (C > 1 && sc == 1);
-    return sp >= 0 && (features_last || sp == 1);
+    features_inside = P == 1 ? (C == 1 || sc == 1) : (C > 1 && sc == 1);
+    return sp >= 0 && (features_inside || sp == 1);
   }
 };
 
@@ -1943,16 +2530,16 @@ class Given {
   }
 };
 
-// How a type is read and written, by layout.
+// How a type is read and written.
 template <class A>
 struct Format {
-  Rows<A> features_last, features_outside;
+  Rows<A> rows;
   bool same_type;
 };
 
 template <class T, class A>
 Format<A> format_of() {
-  return {{load_rows<T, A, true>, store_rows<T, A>, int64_t(sizeof(T))}, {load_rows<T, A, false>, store_rows<T, A>, int64_t(sizeof(T))}, std::is_same_v<T, A>};
+  return {{load_rows<T, A>, store_rows<T, A>, int64_t(sizeof(T))}, std::is_same_v<T, A>};
 }
 
 template <class A>
@@ -1974,19 +2561,25 @@ void set_up(Problem<A>& p, const Format<A>& format, const Input& in, const Optio
   }
   const A inverse = A(1) / A(std::max<int64_t>(nominal, 1));
   p.w_f = inverse - A(kDelta);
-  p.w_b = A(1) - (inverse + A(kDelta));
+  p.exact_w_b = 1 - (1 / double(std::max<int64_t>(nominal, 1)) + kDelta);
+  p.w_b = A(p.exact_w_b);
   p.scale = A(1.0 / std::sqrt(double(in.C)));
-  p.rows = in.features_last ? format.features_last : format.features_outside;
+  p.rows = format.rows;
   p.x = static_cast<const char*>(in.x.const_data_ptr());
   const int64_t padded = ceil_div(in.C, kLanes<A>) * kLanes<A>;
   A* W = call_scratch.take<A>(padded);
   A* b = call_scratch.take<A>(padded);
+  double* exact = call_scratch.take<double>(in.C);
   std::fill(W, W + padded, A(0));
   std::fill(b, b + padded, A(0));
   std::fill(W, W + in.C, A(1));
   if (weight) read_vector<A>(*weight, W);
   if (bias) read_vector<A>(*bias, b);
-  for (int64_t c = 0; c < in.C; ++c) W[c] *= p.scale;
+  for (int64_t c = 0; c < in.C; ++c) {
+    exact[c] = double(W[c]) / std::sqrt(double(in.C));
+    W[c] = A(exact[c]);
+  }
+  p.exact_W = exact;
   A* real = call_scratch.take<A>(padded);
   for (int64_t c = 0; c < padded; ++c) real[c] = c < in.C ? A(1) : A(0);
   p.real = real;
@@ -2106,7 +2699,7 @@ Forward forward_as(const Format<A>& format, const Tensor& x, const Optional& wei
     p.feature.sp = 1;
   }
   if (!feature_var) p.feature.own_var = static_cast<A*>(own_feature_var.mutable_data_ptr());
-  in.features_last ? run<A, true>(p, false) : run<A, false>(p, false);
+  in.features_inside ? run<A, true>(p, false) : run<A, false>(p, false);
   own_batch_mean.finish();
   own_batch_var.finish();
   return {as_given(y, x, in, feature_dim), own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var};
@@ -2155,7 +2748,7 @@ Backward backward_as(const Format<A>& format, const Tensor& grad_y, const Tensor
     const Optional var = p.feature.var.data ? Optional() : Optional(own_feature_var);
     take(p.feature, given.feature(own_feature_mean, x.dim(), in.P), given.feature(var, x.dim(), in.P));
   }
-  in.features_last ? run<A, true>(p, true) : run<A, false>(p, true);
+  in.features_inside ? run<A, true>(p, true) : run<A, false>(p, true);
   return {as_given(grad_x, x, in, feature_dim), grad_weight, grad_bias};
 }
 

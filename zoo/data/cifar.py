@@ -33,12 +33,13 @@ class _CIFAR(InMemoryDataModule):
         subset: int | None = None,
         download: bool = False,
         num_workers: int = 0,
+        cutout: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers)
         if standardize not in ("channel", "pixel"):
             raise ValueError(f"standardize must be 'channel' or 'pixel', got {standardize!r}.")
         self.root, self.download, self.augment, self.standardize = Path(root), download, augment, standardize
-        self.validation, self.subset = validation, subset
+        self.validation, self.subset, self.cutout = validation, subset, cutout
         self.classes: list[str] = []
 
     def prepare_data(self) -> None:
@@ -63,7 +64,9 @@ class _CIFAR(InMemoryDataModule):
         squares = [w * (p - mean).square().mean(dims) for w, p in zip(weights, parts, strict=True)]
         self.std = sum(squares, torch.zeros(())).sqrt().float()
         padding = 4 if self.augment else None
-        self.train = Images(images[kept], labels[kept], self.mean, self.std, padding=padding, seed=self.seed)
+        self.train = Images(
+            images[kept], labels[kept], self.mean, self.std, padding=padding, cutout=self.cutout, seed=self.seed
+        )
         self.val = Images(images[held_out], labels[held_out], self.mean, self.std)
         images, labels = self._read(train=False)
         order = torch.tensor(fixed_order(len(images)))
@@ -130,6 +133,8 @@ class CIFAR10(_CIFAR):
         subset: Keep only the first so many training images, after the split. Default None: all.
         download: Let torchvision download the data set into ``root`` if it is not there. Default False.
         num_workers: Processes that make batches. Default 0: the images are in memory.
+        cutout: The side, in pixels, of a square at a random place of each training image that is set to the channels'
+            means (DeVries and Taylor 2017). Default 0: none.
 
     Raises:
         FileNotFoundError: In ``setup``, if the images are not there.

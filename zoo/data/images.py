@@ -22,13 +22,23 @@ class Images(Dataset[Any]):
         std: The deviation, likewise.
         padding: Pixels of zero padding for a random crop of the images' own size, and a flip half of the time. Default
             None: images as they are.
-        seed: Of crops and flips, with the epoch and the first image of a batch. Default 0.
+        cutout: The side, in pixels, of a square of each image that is set to its channel's mean in training. Default
+            0: none.
+        seed: Of crops, flips and squares, with the epoch and the first image of a batch. Default 0.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, *, padding: int | None = None, seed: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        *,
+        padding: int | None = None,
+        cutout: int = 0,
+        seed: int = 0,
     ) -> None:
-        self.images, self.labels, self.padding, self.seed = images, labels, padding, seed
+        self.images, self.labels, self.padding, self.cutout, self.seed = images, labels, padding, cutout, seed
         shape = mean.shape if mean.ndim == 3 else (-1, 1, 1)
         self.mean, self.std = mean.reshape(shape), std.reshape(shape)
 
@@ -39,10 +49,13 @@ class Images(Dataset[Any]):
         """These images and labels."""
         index = torch.tensor([number for _, number in draws])
         images = self.images[index]
+        generator = generator_for(self.seed, *draws[0])
         if self.padding is not None:
-            epoch, first = draws[0]
-            images = crop_and_flip(images, self.padding, generator_for(self.seed, epoch, first))
-        return images.float().div_(255).sub_(self.mean).div_(self.std), self.labels[index]
+            images = crop_and_flip(images, self.padding, generator)
+        images = images.float().div_(255).sub_(self.mean).div_(self.std)
+        if self.cutout:
+            cut_out_(images, self.cutout, generator)
+        return images, self.labels[index]
 
 
 def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
@@ -69,3 +82,25 @@ def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> T
     batch = torch.arange(n)[:, None, None]
     # Advanced indices around a slice: the result is (N, H, W, C).
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cut_out_(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """A square of each image set to 0, in place, its middle at a place of its own; part of it may lie outside.
+
+    Args:
+        images: (N, C, H, W), standardised, so that 0 is the mean.
+        side: Of the square, in pixels.
+        generator: Decides the places.
+
+    Returns:
+        images.
+
+    Source: DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017.
+    """
+    n, _, h, w = images.shape
+
+    def inside(size: int) -> Tensor:
+        first = torch.randint(size, (n, 1), generator=generator) - side // 2
+        return (torch.arange(size) >= first) & (torch.arange(size) < first + side)
+
+    return images.masked_fill_(inside(h)[:, None, :, None] & inside(w)[:, None, None, :], 0.0)
