@@ -2425,17 +2425,18 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// x as the kernels can take it: x itself, or a copy with the feature axis at 1.
+// x as the kernels can take it: x itself, or a copy with the feature axis at 1; and a tensor for a result, in x's layout.
 struct Input {
-  Tensor x;
+  Tensor x, out;
   int64_t axis;
   bool copied = false;
   int64_t N, C, P, sn, sc, sp;
   bool features_inside = false;
 
-  Input(const Tensor& given, int64_t feature_dim) : x(given), axis(feature_dim) {
-    if (!same_strides(x, torch::stable::empty_like(x)) || !fits()) {
+  Input(const Tensor& given, int64_t feature_dim) : x(given), out(torch::stable::empty_like(given)), axis(feature_dim) {
+    if (!same_strides(x, out) || !fits()) {
       x = torch::stable::contiguous(move_axis(x, axis, 1));
+      out = torch::stable::empty_like(x);
       axis = 1;
       copied = true;
       fits();
@@ -2596,21 +2597,31 @@ std::vector<int64_t> without(const Tensor& x, int64_t axis) {
   return sizes;
 }
 
-Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+// A new tensor, by the shortest way: several are made in each call.
+template <class A>
+Tensor new_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                         std::is_same_v<A, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+template <class A>
+Tensor new_empty(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  return new_strided<A>(sizes, strides);
 }
 
 // Where batch statistics of x go: x[0]'s strides, as far as those are dense (library.py says the same to the compiler).
-Tensor new_batch_statistic(const Tensor& x, ScalarType type) {
+template <class A>
+Tensor new_batch_statistic(const Tensor& x) {
   const std::vector<int64_t> sizes = without(x, 0);
-  if (x.is_contiguous()) return new_empty(x, sizes, type);
+  if (x.is_contiguous()) return new_empty<A>(sizes);
   std::vector<int64_t> strides;
   for (int64_t d = 1; d < x.dim(); ++d) strides.push_back(x.stride(d));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                                                         type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return torch::stable::empty_like(Tensor(handle));
+  return torch::stable::empty_like(new_strided<A>(sizes, strides));
 }
 
 // A batch statistic that the kernel writes, directly or by way of a (C, P) array.
@@ -2621,11 +2632,11 @@ struct BatchOutput {
 
   BatchOutput(const Tensor& x, const Input& in, int64_t feature_dim, bool per_channel, bool wanted) : axis(feature_dim - 1) {
     if (!wanted) {
-      tensor = new_empty(x, {0}, type_of<A>);
+      tensor = new_empty<A>({0});
     } else if (per_channel) {
-      tensor = new_empty(x, {in.C}, type_of<A>);
+      tensor = new_empty<A>({in.C});
     } else {
-      tensor = new_batch_statistic(x, type_of<A>);
+      tensor = new_batch_statistic<A>(x);
     }
     staged = tensor;
     si = 1;
@@ -2634,7 +2645,7 @@ struct BatchOutput {
     si = tensor.stride(axis);
     sp = position_stride(tensor, 0, axis);
     if (sp < 0) {
-      staged = new_empty(x, {in.C, in.P}, type_of<A>);
+      staged = new_empty<A>({in.C, in.P});
       si = in.P;
       sp = 1;
     }
@@ -2672,9 +2683,9 @@ Forward forward_as(const Format<A>& format, const Tensor& x, const Optional& wei
   const bool own_b = !batch_mean || !batch_var, own_f = !feature_mean || !feature_var;
   BatchOutput<A> own_batch_mean(x, in, feature_dim, per_channel, own_b), own_batch_var(x, in, feature_dim, per_channel, !batch_var);
   const std::vector<int64_t> rows = without(x, feature_dim), none = {0};
-  const Tensor own_feature_mean = new_empty(x, own_f ? rows : none, type_of<A>);
-  const Tensor own_feature_var = new_empty(x, !feature_var ? rows : none, type_of<A>);
-  Tensor y = torch::stable::empty_like(in.x);
+  const Tensor own_feature_mean = new_empty<A>(own_f ? rows : none);
+  const Tensor own_feature_var = new_empty<A>(!feature_var ? rows : none);
+  const Tensor& y = in.out;
   if (x.numel() == 0) {
     for (Tensor t : {own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var}) torch::stable::zero_(t);
     return {as_given(y, x, in, feature_dim), own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var};
@@ -2712,8 +2723,8 @@ Backward backward_as(const Format<A>& format, const Tensor& grad_y, const Tensor
                      double eps) {
   call_scratch.reset();
   const Input in(x, feature_dim);
-  const Tensor grad_weight = new_empty(x, {in.C}, type_of<A>), grad_bias = new_empty(x, {in.C}, type_of<A>);
-  Tensor grad_x = torch::stable::empty_like(in.x);
+  const Tensor grad_weight = new_empty<A>({in.C}), grad_bias = new_empty<A>({in.C});
+  const Tensor& grad_x = in.out;
   if (x.numel() == 0) {
     for (Tensor t : {grad_weight, grad_bias}) torch::stable::zero_(t);
     return {as_given(grad_x, x, in, feature_dim), grad_weight, grad_bias};

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lightning_bln.flags import StatFlags
 from lightning_bln.layer import RUNNING, BatchLayerNorm
+from lightning_bln.ops import Statistics
 from lightning_bln.replay import map_tensors, tensors_in
 from lightning_bln.surgery import bln_layers
 from lightning_bln.tuning.memory import Memo
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 Call = Callable[[int, Any], Any]
 """What is run for each setting: called with its index and the batch."""
 
-TOGETHER_BYTES = 5 << 18
+TOGETHER_BYTES = 5 << 20
 """As many settings run in one call as keep the input of the first layer where they part, once for each, below this: it
 has to stay in the processor's cache."""
 
@@ -81,6 +82,8 @@ class SharedForward:
         self._group: Sequence[int] = ()  # the settings that run now, in one call
         self._following: Sequence[int] = ()  # those of the next call
         self._merged = False  # whether the group's samples stand behind each other by now
+        self._parted: tuple[Tensor, int] | None = None  # the input of the layer where settings parted, and its version
+        self._parted_own: dict[str, Statistics] = {}  # its statistics, by layer, once a setting asked for them
         self._bytes_each = 0  # of the largest input of a layer where settings parted
         self._checked: dict[Any, bool] = {}  # sizes of a batch -> whether settings may run in one call
         self._copies = False  # each run needs an input of its own
@@ -101,6 +104,7 @@ class SharedForward:
             del layer.forward
             layer.flags = self._saved[name]
         self.memo.clear()
+        self._parted, self._parted_own = None, {}
 
     def use(self, cell: int) -> None:
         """Put the model under one setting, for what is called outside a run."""
@@ -264,10 +268,11 @@ class SharedForward:
         if memo.recording and not stays:
             memo.part()
             self._bytes_each = max(self._bytes_each, x.nbytes)
+            self._part_at(x)
         with memo.paused():
             if self._merged or not alike:
                 return self._each(name, layer, x)
-            y = type(layer).forward(layer, x)
+            y = self._forward(name, layer, x, self._group[0])
         memo.keep_layer_output(name, own, y)
         return y
 
@@ -280,9 +285,24 @@ class SharedForward:
         outputs = []
         for cell, part in zip(self._group, inputs, strict=True):
             layer.flags = self.flags[cell][name]
-            outputs.append(type(layer).forward(layer, part))
+            outputs.append(self._forward(name, layer, part, cell))
         self._merged = True
         return torch.cat(outputs, axis)
+
+    def _part_at(self, x: Tensor) -> None:
+        """Several settings part at this input, one after the other: its statistics need to be taken once."""
+        if self._parted is None or self._parted[0] is not x or self._parted[1] != x._version:
+            self._parted, self._parted_own = (x, x._version), {}
+
+    def _forward(self, name: str, layer: BatchLayerNorm, x: Tensor, cell: int) -> Tensor:
+        shared = self._parted is not None and x is self._parted[0] and x._version == self._parted[1]
+        # Those of samples take another pass over x; it is worth its while if several settings want them.
+        takers = {own for own in self._own[name] if any(own[:2])}
+        if layer.training or not shared or len(takers) < 2 or self._own[name][cell] not in takers:
+            return type(layer).forward(layer, x)
+        if name not in self._parted_own:
+            self._parted_own[name] = layer.own_statistics(x)
+        return layer.normalize_with(x, self._parted_own[name])
 
 
 def _input_changed() -> InputChangedError:

@@ -197,7 +197,29 @@ def test_what_comes_before_the_first_layer_is_computed_once(monkeypatch) -> None
     assert counts["aten.convolution"] == 1 + 16
     assert counts["aten.tanh"] == 1
     assert counts["aten.addmm"] == 2 * 16
-    assert counts["lightning_bln.batch_layer_norm"] == 3 * 16
+    # and once for the mini-batch's statistics that 12 settings take in the first layer
+    assert counts["lightning_bln.batch_layer_norm"] == 3 * 16 + 1
+
+
+class Branches(nn.Module):
+    """Two layers of other kinds on one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.a = BatchLayerNorm(4)
+        self.b = BatchLayerNorm(4, statistics="per_channel")
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.fc(torch.cat([self.a(x).tanh().mean((2, 3)), self.b(x).tanh().amax((2, 3))], 1))
+
+
+def test_layers_on_one_input_have_statistics_of_their_own() -> None:
+    model = with_statistics(Branches())
+    cells = [StatFlags(False, False, a, b) for a in (True, False) for b in (True, False)]
+    assert_same(score_flags(model, images(), F.cross_entropy, cells=cells), separately(model, images(), list(cells)))
 
 
 def test_settings_that_agree_so_far_share_work(monkeypatch) -> None:
