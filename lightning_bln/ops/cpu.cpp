@@ -1938,7 +1938,7 @@ class Outside {
       flush(s, n, count, room);
     };
     // Read twice, few samples at a time: they should stay in the second cache.
-    if (inline_features && kSamples * keys * int64_t(sizeof(A)) > caches().second / 2) {
+    if (inline_features && kSamples * keys * int64_t(sizeof(A)) > caches().second) {
       for (int64_t n = samples.begin; n < samples.end; ++n) group(Int<1>(), n);
     } else if (inline_features) {
       each_group(samples, group);
