@@ -54,7 +54,7 @@ def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
         all_weights: All of them, among which the twins are found.
     """
     data, name, tag = weights.metadata, weights.name, weights.tag
-    family, norm = split(weights.arch)
+    family, _ = split(weights.arch)
     if family not in _SOURCES or dataset(tag) not in _ROOTS:
         raise ValueError(
             f"A card must say where an architecture comes from and what its data are, got {name!r}; add {family!r} to "
@@ -65,7 +65,7 @@ def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
     lines = [
         f"# {name}",
         "",
-        f"{data['parameters']:,} parameters, {_NORMS[norm]}, trained on {data['data']}: "
+        f"{data['parameters']:,} parameters, {_norm(weights)}, trained on {data['data']}: "
         f"**{percent(metrics['test_accuracy'])} % test accuracy** (loss {metrics['test_loss']:.4f}; validation "
         f"{percent(metrics['val_accuracy'])} %, {metrics['val_loss']:.4f}); one seed, {data['epochs']} epochs.",
         "",
@@ -96,6 +96,12 @@ def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _norm(weights: Weights) -> str:
+    """The norm, and over what its statistics were taken if that is not the default."""
+    statistics = weights.metadata["arguments"].get("statistics")
+    return _NORMS[split(weights.arch)[1]] + (f" ({statistics.replace('_', ' ')})" if statistics else "")
 
 
 def _flags(data: dict[str, Any]) -> list[str]:
@@ -132,8 +138,9 @@ def _twins(weights: Weights, all_weights: Sequence[Weights]) -> list[str]:
     lines += ["| weights | norm | test accuracy | test loss |", "|---|---|--:|--:|"]
     for twin in twins:
         metrics = twin.metadata["metrics"]
-        norm = _NORMS[split(twin.arch)[1]]
-        lines.append(f"| {twin.name} | {norm} | {percent(metrics['test_accuracy'])} % | {metrics['test_loss']:.4f} |")
+        lines.append(
+            f"| {twin.name} | {_norm(twin)} | {percent(metrics['test_accuracy'])} % | {metrics['test_loss']:.4f} |"
+        )
     return lines
 
 
