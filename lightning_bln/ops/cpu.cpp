@@ -440,6 +440,34 @@ struct Problem {
   A* grad_weight = nullptr;
   A* grad_bias = nullptr;
   int64_t batch_count() const { return per_channel ? N * P : N; }
+
+  // Room for own statistics that the backward pass has to take again.
+  void take_own_batch(int64_t si, int64_t sp) {
+    const int64_t count = C * (per_channel ? 1 : P);
+    batch.own_mean = call_scratch.take<A>(count);
+    batch.own_var = call_scratch.take<A>(count);
+    batch.si = si;
+    batch.sp = per_channel ? 0 : sp;
+  }
+  void take_own_feature() {
+    feature.own_mean = call_scratch.take<A>(N * P);
+    feature.own_var = call_scratch.take<A>(N * P);
+    feature.si = P;
+    feature.sp = 1;
+  }
+
+  // The parameters' gradients, from each task's sums for the weight and, C places on, for the bias.
+  void finish_gradients(const std::vector<std::vector<double>>& parts) const {
+    for (int64_t c = 0; c < C; ++c) {
+      double of_weight = 0, of_bias = 0;
+      for (const auto& part : parts) {
+        of_weight += part[c];
+        of_bias += part[C + c];
+      }
+      grad_weight[c] = A(of_weight * double(scale));
+      grad_bias[c] = A(of_bias);
+    }
+  }
 };
 
 // Mean and squared deviations of `count` values, brought together with those of others (Chan, Golub and LeVeque 1979).
@@ -863,32 +891,13 @@ class Inside {
     if (plan.fused) {
       each_fused_block(plan, [&](const B& b, int64_t t) { backward_block(b, missing_b, missing_f, grads[t].data()); });
     } else {
-      if (missing_f) {
-        p.feature.own_mean = call_scratch.take<A>(p.N * p.P);
-        p.feature.own_var = call_scratch.take<A>(p.N * p.P);
-        p.feature.si = p.P;
-        p.feature.sp = 1;
-      }
-      if (missing_b) {
-        const int64_t positions = p.per_channel ? 1 : p.P;
-        p.batch.own_mean = call_scratch.take<A>(p.C * positions);
-        p.batch.own_var = call_scratch.take<A>(p.C * positions);
-        p.batch.si = 1;
-        p.batch.sp = p.per_channel ? 0 : p.C;
-      }
+      if (missing_f) p.take_own_feature();
+      if (missing_b) p.take_own_batch(1, p.C);
       if (missing_b || missing_f) take_statistics(plan, missing_b, missing_f);
       p.batch.known = p.feature.known = true;
       backward_split(plan, grads);
     }
-    for (int64_t c = 0; c < p.C; ++c) {
-      double weight = 0, bias = 0;
-      for (const auto& part : grads) {
-        weight += part[c];
-        bias += part[p.C + c];
-      }
-      p.grad_weight[c] = A(weight * double(p.scale));
-      p.grad_bias[c] = A(bias);
-    }
+    p.finish_gradients(grads);
   }
 
  private:
@@ -1475,18 +1484,9 @@ class Outside {
     const bool missing_b = p.batch.own() && !p.batch.known;
     bool missing_f = p.feature.own() && !p.feature.known;
     if (missing_b) {
-      const int64_t positions = p.per_channel ? 1 : p.P;
-      p.batch.own_mean = call_scratch.take<A>(p.C * positions);
-      p.batch.own_var = call_scratch.take<A>(p.C * positions);
-      p.batch.si = positions;
-      p.batch.sp = p.per_channel ? 0 : 1;
-      if (missing_f) {
-        p.feature.own_mean = call_scratch.take<A>(p.N * p.P);
-        p.feature.own_var = call_scratch.take<A>(p.N * p.P);
-        p.feature.si = p.P;
-        p.feature.sp = 1;
-        missing_f = false;
-      }
+      p.take_own_batch(p.per_channel ? 1 : p.P, 1);
+      if (missing_f) p.take_own_feature();
+      missing_f = false;
       if (!plan.whole) take_statistics(plan);
     }
     grads_.assign(plan.tasks, std::vector<double>(2 * p.C, 0.0));
@@ -1503,15 +1503,7 @@ class Outside {
     } else {
       backward_in_parts(plan, missing_f);
     }
-    for (int64_t c = 0; c < p.C; ++c) {
-      double weight = 0, bias = 0;
-      for (const auto& part : grads_) {
-        weight += part[c];
-        bias += part[p.C + c];
-      }
-      p.grad_weight[c] = A(weight * double(p.scale));
-      p.grad_bias[c] = A(bias);
-    }
+    p.finish_gradients(grads_);
   }
 
  private:
