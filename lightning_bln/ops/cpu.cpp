@@ -1454,7 +1454,7 @@ class Outside {
   // Samples and rows of each that are worked on together: what belongs to a key is read once for the samples, what
   // belongs to a sample's position once for the rows. float64 is not worth more code.
   static constexpr int kSamples = std::is_same_v<A, double> ? 1 : 4;
-    static constexpr int kRows = std::is_same_v<A, double> ? 1 : 2;
+  static constexpr int kRows = std::is_same_v<A, double> ? 1 : 2;
   static constexpr int kGradients = std::is_same_v<A, double> ? 1 : 2;
   static constexpr int64_t kPart = 32;  // samples whose sums are taken before they are added to those of others
   static constexpr int64_t kNear = 8;  // features whose mean is what a sample's are taken around
