@@ -289,6 +289,12 @@ class BatchLayerNorm(nn.Module):
                 return None, None
             return torch.full((x.shape[axis],), self.gain, dtype=accumulation_dtype(x.dtype), device=x.device), None
         bias = self.bias
+        for name, vector in (("weight", weight), ("bias", bias)):
+            if vector is not None and vector.numel() != x.shape[axis]:
+                raise ValueError(
+                    f"{name} must hold one value for each of the {x.shape[axis]} features, got shape "
+                    f"{tuple(vector.shape)}; assign nn.Parameter(torch.ones({x.shape[axis]})), say."
+                )
         return weight.flatten(), None if bias is None else bias.flatten()
 
     def _population_for(self, x: Tensor, axis: int) -> Population:

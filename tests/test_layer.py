@@ -341,6 +341,17 @@ class TestShapes:
         y = BatchLayerNorm(6, feature_dim=0, sample_dim=1)(x)
         assert_close(y, BatchLayerNorm(6)(x.transpose(0, 1)).transpose(0, 1))
 
+    @pytest.mark.parametrize("name", ["weight", "bias"])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_a_parameter_of_another_size_is_named(self, name: str, training: bool):
+        layer = BatchLayerNorm(3)
+        layer(torch.randn(4, 3, 5))
+        setattr(layer, name, nn.Parameter(torch.ones(4)))
+        with pytest.raises(
+            ValueError, match=rf"{name} must hold one value for each of the 3 features, got shape \(4,\)"
+        ):
+            layer.train(training)(torch.randn(4, 3, 5))
+
     def test_without_weight_or_bias(self):
         x = torch.randn(4, 6)
         plain, scaled = BatchLayerNorm(6, affine=False), BatchLayerNorm(6, bias=False)

@@ -2566,8 +2566,12 @@ void set_up(Problem<A>& p, const Format<A>& format, const Input& in, const Optio
   std::fill(W, W + padded, A(0));
   std::fill(b, b + padded, A(0));
   std::fill(W, W + in.C, A(1));
-  if (weight) read_vector<A>(*weight, W);
-  if (bias) read_vector<A>(*bias, b);
+  for (const auto& [given, values] : {std::pair(&weight, W), std::pair(&bias, b)}) {
+    if (!*given) continue;
+    STD_TORCH_CHECK((*given)->dim() == 1 && (*given)->size(0) == in.C,
+                    "weight and bias must hold one value for each feature; pass torch.ones(C), say, for an input with C features.");
+    read_vector<A>(**given, values);
+  }
   for (int64_t c = 0; c < in.C; ++c) {
     exact[c] = double(W[c]) / std::sqrt(double(in.C));
     W[c] = A(exact[c]);
