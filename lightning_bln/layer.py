@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_bln.flags import FlagsLike, StatFlags
-from lightning_bln.ops import Population, Statistics, batch_layer_norm, cpu, feature_axis, library
+from lightning_bln.ops import Population, Statistics, batch_layer_norm, check_eps, cpu, feature_axis, library
 from lightning_bln.ops.reference import accumulation_dtype, expand_batch
 
 RUNNING = ("running_batch_mean", "running_batch_var", "running_feature_mean", "running_feature_var")
@@ -186,6 +186,8 @@ class BatchLayerNorm(nn.Module):
     def normalize_with(self, x: Tensor, own: Statistics) -> Tensor:
         """What `forward` returns in eval mode, the mini-batch's statistics being known: for several flags on one input.
 
+        Gradients take these statistics for constants, which in `forward` they are not.
+
         Args:
             x: As for `forward`.
             own: Of this very x, by `own_statistics`.
@@ -203,6 +205,7 @@ class BatchLayerNorm(nn.Module):
         self, view: Tensor, axis: int, weight: Tensor | None, bias: Tensor | None, population: Population
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The op itself: all that `batch_layer_norm` would check is checked, at a third of a small input's cost."""
+        check_eps(self.eps)
         return library.run(
             view,
             weight,
@@ -299,7 +302,7 @@ class BatchLayerNorm(nn.Module):
 
     def _population_for(self, x: Tensor, axis: int) -> Population:
         chosen: list[Tensor | None] = []
-        for flag, name in zip(self.flags, RUNNING, strict=True):
+        for flag, name in zip(StatFlags.parse(self.flags), RUNNING, strict=True):
             stat: Tensor | None = getattr(self, name) if flag else None
             if stat is not None and stat.numel() > 0:
                 self._check_sizes(name, stat, x, axis)
@@ -488,7 +491,8 @@ class BatchLayerNorm(nn.Module):
 
     def _check_sizes(self, name: str, stat: Tensor, x: Tensor, axis: int) -> None:
         """Raise if a population statistic does not hold for the sizes of x."""
-        if stat.shape == x.shape[1:] and "batch" in name:
+        per_position = self.statistics == "per_position"
+        if stat.shape == x.shape[1:] and per_position and "batch" in name:
             return  # most often, so first
         positions = tuple(size for d, size in enumerate(x.shape) if d not in (0, axis))
         if "batch" in name:
@@ -502,7 +506,7 @@ class BatchLayerNorm(nn.Module):
         elif self.feature_population == "slot":
             if tuple(stat.shape) == (x.shape[0], *positions):
                 return
-            if tuple(stat.shape[1:]) == positions:
+            if stat.ndim > 0 and tuple(stat.shape[1:]) == positions:
                 raise ValueError(
                     f"feature_population='slot' keeps one statistic for each sample slot, so every batch must have the "
                     f"same size: {name} was taken over {stat.shape[0]} samples, this batch has {x.shape[0]}. Use "

@@ -341,6 +341,34 @@ class TestShapes:
         y = BatchLayerNorm(6, feature_dim=0, sample_dim=1)(x)
         assert_close(y, BatchLayerNorm(6)(x.transpose(0, 1)).transpose(0, 1))
 
+    def test_settings_that_were_changed_later_are_checked_at_inference(self):
+        x = torch.randn(4, 3, 5)
+        layer = BatchLayerNorm(3)
+        layer(x)
+        expected = layer.eval()(x)
+        layer.flags = "TTFF"
+        assert torch.equal(layer(x), expected)
+        layer.flags = "FFFF"
+        assert not torch.equal(layer(x), expected)
+        layer.eps = 0.0
+        with pytest.raises(ValueError, match=r"eps must be above 0, got 0\.0"):
+            layer(x)
+        layer.eps, layer.flags, layer.statistics = 1e-3, StatFlags(), "per_channel"
+        with pytest.raises(ValueError, match=r"running_batch_mean was taken at positions \(5,\)"):
+            layer(x)
+
+    def test_one_input_under_several_flags(self, layout: Layout):
+        x = layout.input()
+        layer = BatchLayerNorm(7, feature_dim=layout.feature_dim)
+        layer(x)
+        layer.eval()
+        with torch.no_grad():
+            other = x * 2 + 1
+            own = layer.own_statistics(other)
+            for flags in StatFlags.all():
+                layer.flags = flags
+                assert_close(layer.normalize_with(other, own), layer(other))
+
     @pytest.mark.parametrize("name", ["weight", "bias"])
     @pytest.mark.parametrize("training", [True, False])
     def test_a_parameter_of_another_size_is_named(self, name: str, training: bool):

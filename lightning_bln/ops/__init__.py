@@ -57,6 +57,12 @@ def feature_axis(x: Tensor, feature_dim: int, num_features: int | None = None) -
     return axis
 
 
+def check_eps(eps: float) -> None:
+    """Raise ValueError unless eps is above 0."""
+    if not eps > 0:
+        raise ValueError(f"eps must be above 0, got {eps!r}; the paper's value is 1e-3.")
+
+
 @overload
 def batch_layer_norm(
     x: Tensor,
@@ -156,8 +162,7 @@ def batch_layer_norm(
             )
     if statistics not in ("per_position", "per_channel"):
         raise ValueError(f"statistics must be 'per_position' or 'per_channel', got {statistics!r}.")
-    if eps <= 0:
-        raise ValueError(f"eps must be above 0, got {eps!r}; the paper's value is 1e-3.")
+    check_eps(eps)
     if isinstance(batch_size, int):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 or None for the samples in x, got {batch_size!r}.")

@@ -112,13 +112,6 @@ inline void put(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-template <class A>
-inline A sum_lanes(Vec<A> v) {
-  A total = v[0];
-  for (int i = 1; i < kLanes<A>; ++i) total += v[i];
-  return total;
-}
-
 // The sum over the lanes, by pairwise additions.
 template <class A, int Width, size_t... I>
 inline Vec<A> swap_lanes(Vec<A> v, std::index_sequence<I...>) {
@@ -176,7 +169,7 @@ inline Vec<A> sum_each(Vec<A>* v) {
   if constexpr (Width == kLanes<A>) {
     return v[0];
   } else {
-    #pragma GCC unroll 8
+#pragma GCC unroll 8
     for (int j = 0; j < kLanes<A>; j += 2 * Width) {
       v[j] = add_pairs<A, Width>(v[j], v[j + Width], std::make_index_sequence<size_t(kLanes<A>)>());
     }
@@ -333,7 +326,7 @@ struct Caches {
   int64_t second, third;  // bytes
   Caches() : second(512 << 10), third(8 << 20) {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-    if (const long size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) second = size;
+    if (const long size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) second = std::max<int64_t>(size, 256 << 10);
     if (const long size = sysconf(_SC_LEVEL3_CACHE_SIZE); size > 0) third = size;
 #endif
   }
@@ -1011,7 +1004,7 @@ class Inside {
 
   RunningMoments<A> take_moments(int64_t keys) const { return {task_scratch.take<A>(keys), task_scratch.take<A>(keys), task_scratch.take<A>(keys)}; }
 
-  // Around the mean of the first of n slabs.
+  // Around the mean of the first few of n slabs.
   void start(const B& b, RunningMoments<A>& moments, const A* x, int64_t n) const {
     const int64_t near = std::min<int64_t>(4, n);
     moments.restart();
@@ -1749,7 +1742,6 @@ class Outside {
     for (int64_t i = 0; i < parts; ++i) f(part_of(p.C, parts, i), i == 0, i == parts - 1);
   }
   static int64_t key_limit() { return caches().second / (16 * int64_t(sizeof(A))); }
-
 
   template <int N, int M, class Batch>
   void add_moments(const View& x, const Span& s, int64_t c, Batch& batch, const FeatureSums& f) const {

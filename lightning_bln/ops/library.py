@@ -293,7 +293,8 @@ def _double_autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     create_graph = torch.is_grad_enabled()
 
     def leaf(t: Tensor) -> Tensor:
-        return t if t.requires_grad else t.detach().requires_grad_()
+        # A view: the gradient must not go on into what grad_y or x were computed from.
+        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
     with torch.enable_grad():
         grad_y, x = leaf(grad_y), leaf(x)

@@ -191,7 +191,7 @@ class SharedForward:
         size = -(-len(order) // -(-len(order) // size))  # groups of one size, but for the last
         groups = [order[i : i + size] for i in range(0, len(order), size)]
         results: dict[int, Tensor] = {}
-        self.memo.begin_batch(batch)
+        self._begin_batch(batch)
         for group, following in zip(groups, [*groups[1:], []], strict=True):
             self._begin(group, following)
             with self._mode(order, first=group is groups[0]), self.memo.run():
@@ -211,7 +211,7 @@ class SharedForward:
         self, call: Call, batch: Any, order: list[int], errors: dict[int, Exception] | None, pristine: Any
     ) -> Iterator[tuple[int, Any]]:
         memo = self.memo
-        memo.begin_batch(batch)
+        self._begin_batch(batch)
         for i, cell in enumerate(order):
             if memo.changed():
                 # An in-place operation after the settings had parted wrote into what they share.
@@ -220,10 +220,10 @@ class SharedForward:
                 self._copies = self._copies or memo.inputs_changed()
                 if self._copies and pristine is None:
                     raise _input_changed()
-                memo.begin_batch(batch)
+                self._begin_batch(batch)
             if self._copies and i > 0:
                 batch = _clone(pristine)
-                memo.begin_batch(batch)
+                self._begin_batch(batch)
             self._begin([cell], order[i + 1 : i + 2])
             try:
                 with self._mode(order, first=i == 0), memo.run():
@@ -289,6 +289,10 @@ class SharedForward:
         self._merged = True
         return torch.cat(outputs, axis)
 
+    def _begin_batch(self, batch: Any) -> None:
+        self.memo.begin_batch(batch)
+        self._parted, self._parted_own = None, {}  # a loader may fill the same memory again, and no version tells
+
     def _part_at(self, x: Tensor) -> None:
         """Several settings part at this input, one after the other: its statistics need to be taken once."""
         if self._parted is None or self._parted[0] is not x or self._parted[1] != x._version:
@@ -298,7 +302,9 @@ class SharedForward:
         shared = self._parted is not None and x is self._parted[0] and x._version == self._parted[1]
         # Those of samples take another pass over x; it is worth its while if several settings want them.
         takers = {own for own in self._own[name] if any(own[:2])}
-        if layer.training or not shared or len(takers) < 2 or self._own[name][cell] not in takers:
+        # A subclass may do more in its forward; and gradients go through the statistics.
+        plain = type(layer).forward is BatchLayerNorm.forward and not layer.training and not torch.is_grad_enabled()
+        if not plain or not shared or len(takers) < 2 or self._own[name][cell] not in takers:
             return type(layer).forward(layer, x)
         if name not in self._parted_own:
             self._parted_own[name] = layer.own_statistics(x)

@@ -15,6 +15,8 @@ from tolerances import SUMMED, assert_close
 from torch import Tensor
 
 from lightning_bln import StatFlags, batch_layer_norm
+from lightning_bln.ops import reference
+from lightning_bln.ops.reference import Population
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -356,3 +358,20 @@ class TestProperties:
         y = batch_layer_norm(x, statistics=statistics)
         (grad,) = torch.autograd.grad(y, x, random_input(shape, seed + 1))
         assert abs(grad.sum()) < 1e-8
+
+
+def test_a_gradient_penalty_equals_that_of_the_definition() -> None:
+    """Through a loss that is not linear, so that what reaches the first backward pass depends on the input."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    weight, bias = torch.randn(2, 4, dtype=torch.float64)
+    results = []
+    for norm in (
+        lambda x, weight, bias: batch_layer_norm(x, weight, bias),
+        lambda x, weight, bias: reference.normalize(x, weight, bias, Population(), None, 1, False, 1e-3)[0],
+    ):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        (first,) = torch.autograd.grad(norm(*leaves).pow(3).sum(), leaves[0], create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), leaves))
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours, truth)

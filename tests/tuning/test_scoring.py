@@ -20,6 +20,7 @@ from lightning_bln.surgery import bln_layers
 from lightning_bln.tuning import ScoreTable, score_flags
 from lightning_bln.tuning.sharing import InputChangedError
 from lightning_bln.tuning.space import parse_setting
+from lightning_bln.variants import BatchLayerNormAct
 from tests.tuning.networks import PreNorm, cnn, images, with_statistics
 
 ACCURACY = MulticlassAccuracy(4, average="micro")
@@ -220,6 +221,34 @@ def test_layers_on_one_input_have_statistics_of_their_own() -> None:
     model = with_statistics(Branches())
     cells = [StatFlags(False, False, a, b) for a in (True, False) for b in (True, False)]
     assert_same(score_flags(model, images(), F.cross_entropy, cells=cells), separately(model, images(), list(cells)))
+
+
+def test_a_layer_that_does_more_than_normalize_still_does() -> None:
+    torch.manual_seed(0)
+    layer = BatchLayerNormAct(4, act=nn.ReLU())
+    model = with_statistics(nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.Flatten(), nn.Linear(64, 4)))
+    assert_same(score_flags(model, images(), F.cross_entropy), separately(model, images()))
+
+
+def test_a_loader_may_fill_the_same_memory_again() -> None:
+    """Through NumPy, so that no version counter of the tensor tells."""
+    torch.manual_seed(0)
+    model = with_statistics(nn.Sequential(BatchLayerNorm(3), nn.Flatten(), nn.Linear(108, 4)))
+    batches = [batch for batch in images() if len(batch[0]) == 8]
+    memory = batches[0][0].numpy().copy()
+    shared = torch.from_numpy(memory)
+
+    class Refilling:
+        def __len__(self) -> int:
+            return len(batches)
+
+        def __iter__(self):
+            for x, target in batches:
+                memory[:] = x.numpy()
+                yield shared, target
+
+    expected = separately(model, batches)
+    assert_same(score_flags(model, Refilling(), F.cross_entropy), expected)
 
 
 def test_settings_that_agree_so_far_share_work(monkeypatch) -> None:

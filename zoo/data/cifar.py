@@ -38,6 +38,8 @@ class _CIFAR(InMemoryDataModule):
         super().__init__(batch_size, eval_batch_size, num_workers)
         if standardize not in ("channel", "pixel"):
             raise ValueError(f"standardize must be 'channel' or 'pixel', got {standardize!r}.")
+        if cutout < 0:
+            raise ValueError(f"cutout must be the side of a square in pixels, or 0 for none, got {cutout!r}.")
         self.root, self.download, self.augment, self.standardize = Path(root), download, augment, standardize
         self.validation, self.subset, self.cutout = validation, subset, cutout
         self.classes: list[str] = []
@@ -117,7 +119,7 @@ class CIFAR10(_CIFAR):
     """CIFAR-10: 45,000 training, 5,000 validation and 10,000 test images of 32x32 pixels, kept in memory.
 
     Batches are (images (N, 3, 32, 32), labels (N,)). In training each image is padded by 4 pixels, cropped at a random
-    place and flipped half of the time; the order, crops and flips depend on the seed of the process
+    place and flipped half of the time; the order, crops, flips and squares depend on the seed of the process
     (``seed_everything``), the epoch and nothing else, so that a run resumed in the middle of an epoch sees what an
     uninterrupted one sees.
 
@@ -133,8 +135,8 @@ class CIFAR10(_CIFAR):
         subset: Keep only the first so many training images, after the split. Default None: all.
         download: Let torchvision download the data set into ``root`` if it is not there. Default False.
         num_workers: Processes that make batches. Default 0: the images are in memory.
-        cutout: The side, in pixels, of a square at a random place of each training image that is set to the channels'
-            means (DeVries and Taylor 2017). Default 0: none.
+        cutout: The side, in pixels, of a square at a random place of each training image that is set to the mean that
+            images are standardised by (DeVries and Taylor 2017). Default 0: none.
 
     Raises:
         FileNotFoundError: In ``setup``, if the images are not there.

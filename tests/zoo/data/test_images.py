@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zoo.data.images import Images, crop_and_flip
+from zoo.data.images import Images, crop_and_flip, cut_out_
 from zoo.data.loader import generator_for
 
 
@@ -52,3 +52,28 @@ def test_standardised_by_channel_or_by_pixel() -> None:
     mean, std = torch.rand(3, 5, 7), torch.rand(3, 5, 7) + 0.5
     x, _ = Images(given, labels, mean, std).__getitems__([(0, 0)])
     torch.testing.assert_close(x, (given[:1].float() / 255 - mean) / std)
+
+
+def test_a_square_is_cut_out_of_each_image_at_a_place_of_its_own() -> None:
+    images = torch.ones(64, 3, 12, 10)
+    assert cut_out_(images, 4, torch.Generator().manual_seed(0)) is images
+    cut = images == 0
+    assert torch.equal(cut, cut[:, :1].expand_as(cut))  # in all channels alike
+    heights, widths = cut[:, 0].any(2).sum(1), cut[:, 0].any(1).sum(1)
+    assert torch.equal(cut[:, 0].sum((1, 2)), heights * widths)  # a rectangle
+    assert heights.max() == widths.max() == 4
+    assert heights.min() >= 2  # its middle is inside
+    assert len({tuple(row.tolist()) for row in cut[:, 0].flatten(1)}) > 30
+
+
+def test_squares_depend_on_seed_epoch_and_place_only() -> None:
+    pixels = torch.full((8, 3, 6, 6), 255, dtype=torch.uint8)
+    labels = torch.arange(8)
+
+    def batch(seed: int, epoch: int) -> torch.Tensor:
+        data = Images(pixels, labels, torch.zeros(3), torch.ones(3), cutout=2, seed=seed)
+        return data.__getitems__([(epoch, i) for i in range(8)])[0]
+
+    assert torch.equal(batch(1, 0), batch(1, 0))
+    assert not torch.equal(batch(1, 0), batch(1, 1))
+    assert not torch.equal(batch(1, 0), batch(2, 0))
