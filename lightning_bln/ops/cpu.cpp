@@ -414,6 +414,19 @@ void store_rows(const A* from, const RowShape& shape, char* to) {
   }
 }
 
+// Mean and squared deviations of `count` values, brought together with those of others (Chan, Golub and LeVeque 1979).
+template <class A>
+struct Moments {
+  A count = 0, mean = 0, squares = 0;
+  void merge(A other_count, A other_mean, A other_squares) {
+    if (other_count == 0) return;
+    const A total = count + other_count, delta = other_mean - mean;
+    mean += delta * (other_count / total);
+    squares += other_squares + delta * delta * (count * (other_count / total));
+    count = total;
+  }
+};
+
 template <class A>
 struct Problem {
   int64_t N, C, P;
@@ -425,10 +438,10 @@ struct Problem {
   const char* g = nullptr;
   char* out = nullptr;
   Rows<A> rows;
-  const A* W = nullptr;     // weight * scale, padded with zeros to whole vectors
+  const A* W = nullptr;             // weight * scale, padded with zeros to whole vectors
   const double* exact_W = nullptr;  // not rounded, for values of which there are few
-  const A* bias = nullptr;  // as W
-  const A* real = nullptr;  // 1 for each feature, as W
+  const A* bias = nullptr;          // as W
+  const A* real = nullptr;          // 1 for each feature, as W
   Side<A> batch, feature;
   A* grad_weight = nullptr;
   A* grad_bias = nullptr;
@@ -449,6 +462,16 @@ struct Problem {
     feature.sp = 1;
   }
 
+  // Own statistics per channel, from each task's moments.
+  void store_channels(const std::vector<std::vector<Moments<double>>>& parts) const {
+    for (int64_t c = 0; c < C; ++c) {
+      Moments<double> total;
+      for (const auto& part : parts) total.merge(part[c].count, part[c].mean, part[c].squares);
+      if (batch.own_mean) batch.own_mean[c * batch.si] = A(total.mean);
+      if (batch.own_var) batch.own_var[c * batch.si] = A(total.squares / total.count);
+    }
+  }
+
   // The parameters' gradients, from each task's sums for the weight and, C places on, for the bias.
   void finish_gradients(const std::vector<std::vector<double>>& parts) const {
     for (int64_t c = 0; c < C; ++c) {
@@ -463,18 +486,10 @@ struct Problem {
   }
 };
 
-// Mean and squared deviations of `count` values, brought together with those of others (Chan, Golub and LeVeque 1979).
 template <class A>
-struct Moments {
-  A count = 0, mean = 0, squares = 0;
-  void merge(A other_count, A other_mean, A other_squares) {
-    if (other_count == 0) return;
-    const A total = count + other_count, delta = other_mean - mean;
-    mean += delta * (other_count / total);
-    squares += other_squares + delta * delta * (count * (other_count / total));
-    count = total;
-  }
-};
+BLN_VECTORIZE void add_all(A* to, const A* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
 
 // factor / sqrt(var + eps); the two may be one array.
 template <class A>
@@ -997,7 +1012,7 @@ class Inside {
   // Room for n packed slabs, if they are.
   A* take_room(const B& b, int64_t n) const { return task_scratch.take<A>(b.in_place() ? 0 : n * b.slab); }
 
-  // Slabs [n, n + count), where those of all samples are packed at `room`, if they are.
+  // Slabs [n, n + count), where those of all samples are packed at `room`, if they are. None: where the first one is.
   A* read(const B& b, const char* from, int64_t n, int64_t count, A* room) const {
     return b.read(from, n, count, b.in_place() ? nullptr : room + n * b.slab);
   }
@@ -1030,7 +1045,7 @@ class Inside {
       put<A>(moments.mean + k, get<A>(moments.mean + k) + get<A>(moments.shift + k));
       put<A>(moments.squares + k, get<A>(moments.squares + k) * inverse);
     }
-    return b.in_place() ? b.read(p.x, 0, p.N, nullptr) : room;
+    return read(b, p.x, 0, 0, room);
   }
 
   void forward_block(const B& b) const {
@@ -1074,10 +1089,6 @@ class Inside {
     for (A* sum : sums.all()) {
       if (sum) std::fill(sum, sum + keys, A(0));
     }
-  }
-
-  static BLN_VECTORIZE void add_all(A* to, const A* from, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
   }
 
   // From the centers of n slabs, and the variances that were used in f.rstd, to what `reduce` needs.
@@ -1184,7 +1195,7 @@ class Inside {
       t.rstd[k] = t.rstd[k] / A(p.N) - d * d;
     }
     finish_keys(b, t);
-    A *x = b.in_place() ? b.read(p.x, 0, p.N, nullptr) : room, *g = b.in_place() ? b.read(p.g, 0, p.N, nullptr) : room_g;
+    A *x = read(b, p.x, 0, 0, room), *g = read(b, p.g, 0, 0, room_g);
     b.differentiate(x, g, b.target(g, 0), p.N, batch_terms(t), t.f);
     if (!b.direct()) b.unpack(g, 0, p.N);
     add_gradients(b, t, true, grads);
@@ -1262,15 +1273,7 @@ class Inside {
       if (with_batch && p.per_channel) channels[t] = by_channel(moments);
     });
     if (!with_batch) return;
-    if (p.per_channel) {
-      for (int64_t c = 0; c < p.C; ++c) {
-        Moments<double> total;
-        for (const auto& part : channels) total.merge(part[c].count, part[c].mean, part[c].squares);
-        if (p.batch.own_mean) p.batch.own_mean[c * p.batch.si] = A(total.mean);
-        if (p.batch.own_var) p.batch.own_var[c * p.batch.si] = A(total.squares / total.count);
-      }
-      return;
-    }
+    if (p.per_channel) return p.store_channels(channels);
     run_tasks(plan.tasks, [&](int64_t t) {
       const Range blocks = part_of(plan.blocks, plan.tasks, t);
       const B b0 = block(plan, 0);
@@ -1527,9 +1530,8 @@ class Outside {
     Plan plan;
     const int64_t tasks = std::clamp<int64_t>(p.N * p.C * p.P / 65536, 1, std::max<int64_t>(1, thread_count()));
     // Two tasks that write parts of one row share a line of it, now and then: rows must be long for that.
-    const bool by_position = p.P >= 64 * tasks && reduces;
-    plan.whole = by_position && !(reduces && p.per_channel);
-    plan.parts_n = by_position && !p.per_channel ? 1 : std::min(tasks, p.N);
+    plan.whole = p.P >= 64 * tasks && reduces && !p.per_channel;
+    plan.parts_n = plan.whole ? 1 : std::min(tasks, p.N);
     const int64_t parts_b = std::max<int64_t>(1, tasks / plan.parts_n);
     constexpr int64_t line = kLine / sizeof(A);
     // Rows of a quarter of a KiB at least, since each may lie in a page of its own.
@@ -1586,8 +1588,8 @@ class Outside {
 
   int64_t offset(const Span& s, int64_t n) const { return n * p.sn + s.first; }
 
-  // Some rows of samples [n, n + count), as they lie in memory or, in another type or where whole vectors would read beyond the
-  // tensor, packed into `room`.
+  // Some rows of samples [n, n + count), as they lie in memory or, in another type or where whole vectors would read
+  // beyond the tensor, packed into `room`.
   View read(const char* from, const Span& s, int64_t n, int64_t count, const Range& rows, A* room) const {
     const int64_t last = (p.N - 1) * p.sn + (p.C - 1) * p.sc + p.P;
     const int64_t end = offset(s, n + count - 1) + (p.C - 1) * p.sc + s.padded;
@@ -1637,12 +1639,19 @@ class Outside {
     }
   }
 
+  void store_features(const Span& s, const Range& samples, const A* mean, const A* var) const {
+    for (int64_t n = samples.begin; n < samples.end; ++n, mean += s.apart, var += s.apart) {
+      store_row(mean, n, s, p.feature.own_mean, p.feature);
+      store_row(var, n, s, p.feature.own_var, p.feature);
+    }
+  }
+
   // ------------------------------------------------------------------------------------------------- the statistics
 
   // Moments for each key, over samples.
   struct PerPosition : RunningMoments<A> {
     int64_t padded;
-    void begin_row(int, int64_t) {}
+    void begin_row(int) {}
     template <int N>
     void add(int, int64_t c, int64_t at, const V* values) {
       RunningMoments<A>::template add<N>(c * padded + at, values);
@@ -1660,7 +1669,7 @@ class Outside {
 
     void restart() {}
     void begin(int samples) { n = samples; }
-    void begin_row(int r, int64_t) { sum[r] = square[r] = V{}; }
+    void begin_row(int r) { sum[r] = square[r] = V{}; }
     template <int N>
     void add(int r, int64_t c, int64_t at, const V* values) {
       const V s = splat<A>(shift[c]);
@@ -1680,7 +1689,7 @@ class Outside {
 
   struct NoBatch {
     void begin(int) {}
-    void begin_row(int, int64_t) {}
+    void begin_row(int) {}
     template <int N>
     void add(int, int64_t, int64_t, const V*) {}
     void end_row(int, int64_t) {}
@@ -1748,7 +1757,7 @@ class Outside {
     const A* rows = x.data + c * x.row;
     const int64_t n = x.n, row = x.row, padded = s.padded, apart = s.apart;
     A *shift = f.shift, *sum = f.sum, *square = f.square;
-    for (int r = 0; r < M; ++r) batch.begin_row(r, c + r);
+    for (int r = 0; r < M; ++r) batch.begin_row(r);
     for (int64_t j = 0; j < padded; j += L) {
       V values[M][N];
 #pragma GCC unroll 8
@@ -1789,10 +1798,7 @@ class Outside {
         each_rows(rows, [&](auto some, int64_t c) { add_moments<count, some>(x, s, c, batch, f); });
         if (!last || !with_feature || !p.feature.own()) return;
         end_features(count * s.apart, f, f.sum, f.square);
-        for (int u = 0; u < count; ++u) {
-          store_row(f.sum + u * s.apart, n + u, s, p.feature.own_mean, p.feature);
-          store_row(f.square + u * s.apart, n + u, s, p.feature.own_var, p.feature);
-        }
+        store_features(s, {n, n + count}, f.sum, f.square);
       });
     });
   }
@@ -1885,12 +1891,7 @@ class Outside {
       PerChannel batch{shift, parts[own.task].data(), s};
       take(s, own.samples, batch, !p.feature.known);
     });
-    for (int64_t c = 0; c < p.C; ++c) {
-      Moments<double> total;
-      for (const auto& part : parts) total.merge(part[c].count, part[c].mean, part[c].squares);
-      if (p.batch.own_mean) p.batch.own_mean[c * p.batch.si] = A(total.mean);
-      if (p.batch.own_var) p.batch.own_var[c * p.batch.si] = A(total.squares / total.count);
-    }
+    p.store_channels(parts);
   }
 
   // ------------------------------------------------------------------------------------------------------ the output
@@ -1907,13 +1908,10 @@ class Outside {
     const bool inline_features = p.feature.own() && !features_known;
     auto group = [&](auto count, int64_t n) {
       const View x = read(p.x, s, n, count, {0, p.C}, room);
-      if (inline_features) features<count>(x, s, sums, mean_f, rstd_f);
       const Range own = {n, n + count};
       if (inline_features) {
-        for (int u = 0; u < count; ++u) {
-          store_row(mean_f + u * s.apart, n + u, s, p.feature.own_mean, p.feature);
-          store_row(rstd_f + u * s.apart, n + u, s, p.feature.own_var, p.feature);
-        }
+        features<count>(x, s, sums, mean_f, rstd_f);
+        store_features(s, own, mean_f, rstd_f);
       }
       if (!inline_features || p.feature.mean.data) load_rows(p.feature.used_mean(), own, s, mean_f, s.apart);
       if (!inline_features || p.feature.var.data) load_rows(p.feature.used_var(), own, s, rstd_f, s.apart);
@@ -2001,14 +1999,13 @@ class Outside {
     int64_t padded;
     void flush(const Range& rows) {
       const auto to = total.all(), from = sums.all();
+      const int64_t first = rows.begin * padded, count = rows.size() * padded;
       for (size_t i = 0; i < to.size(); ++i) {
-        for (int64_t k = rows.begin * padded; k < rows.end * padded; k += L) {
-          put<A>(to[i] + k, get<A>(to[i] + k) + get<A>(from[i] + k));
-          put<A>(from[i] + k, V{});
-        }
+        add_all(to[i] + first, from[i] + first, count);
+        std::fill(from[i] + first, from[i] + first + count, A(0));
       }
     }
-    void begin_row(int, int64_t) {}
+    void begin_row(int) {}
     template <int N>
     void add(int, int64_t c, int64_t at, const V* x, const V* g) {
       const int64_t k = c * padded + at;
@@ -2036,7 +2033,7 @@ class Outside {
     const Span& span;
     V sg[kRows], sgd[kRows], sd[kRows];
     void flush(const Range&) {}
-    void begin_row(int r, int64_t) { sg[r] = sgd[r] = sd[r] = V{}; }
+    void begin_row(int r) { sg[r] = sgd[r] = sd[r] = V{}; }
     template <int N>
     void add(int r, int64_t c, int64_t at, const V* x, const V* grad) {
       const bool partial = at + L > span.width;
@@ -2067,7 +2064,7 @@ class Outside {
     V gf[M] = {}, W[M];
     for (int r = 0; r < M; ++r) {
       W[r] = splat<A>(p.W[c + r]);
-      batch.begin_row(r, c + r);
+      batch.begin_row(r);
     }
     for (int64_t j = 0; j < padded; j += L) {
       V xs[M][N], gs[M][N], part[M] = {};
@@ -2316,13 +2313,8 @@ class Outside {
         const int64_t c = i % p.C, at = place(plan, s) + c * s.padded;
         const Sums first = shift(parts[0], at);
         for (int64_t part = 1; part < plan.parts_n; ++part) {
-          const Sums more = shift(parts[part], at);
-          for (int64_t j = 0; j < s.padded; ++j) {
-            first.g[j] += more.g[j];
-            first.gd[j] += more.gd[j];
-            first.d[j] += more.d[j];
-            first.square[j] += more.square[j];
-          }
+          const auto to = first.all(), from = shift(parts[part], at).all();
+          for (size_t j = 0; j < to.size(); ++j) add_all(to[j], from[j], s.padded);
         }
         finish_position_row(s, c, first, shift(terms, at), var, used, t);
       }

@@ -295,16 +295,20 @@ class SharedForward:
 
     def _part_at(self, x: Tensor) -> None:
         """Several settings part at this input, one after the other: its statistics need to be taken once."""
-        if self._parted is None or self._parted[0] is not x or self._parted[1] != x._version:
+        if not self._parts_at(x):
             self._parted, self._parted_own = (x, x._version), {}
 
+    def _parts_at(self, x: Tensor) -> bool:
+        return self._parted is not None and x is self._parted[0] and x._version == self._parted[1]
+
     def _forward(self, name: str, layer: BatchLayerNorm, x: Tensor, cell: int) -> Tensor:
-        shared = self._parted is not None and x is self._parted[0] and x._version == self._parted[1]
-        # Those of samples take another pass over x; it is worth its while if several settings want them.
-        takers = {own for own in self._own[name] if any(own[:2])}
         # A subclass may do more in its forward; and gradients go through the statistics.
         plain = type(layer).forward is BatchLayerNorm.forward and not layer.training and not torch.is_grad_enabled()
-        if not plain or not shared or len(takers) < 2 or self._own[name][cell] not in takers:
+        if not plain or not self._parts_at(x):
+            return type(layer).forward(layer, x)
+        # Those of samples take another pass over x; it is worth its while if several settings want them.
+        takers = {own for own in self._own[name] if any(own[:2])}
+        if len(takers) < 2 or self._own[name][cell] not in takers:
             return type(layer).forward(layer, x)
         if name not in self._parted_own:
             self._parted_own[name] = layer.own_statistics(x)
