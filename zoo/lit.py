@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from lightning_bln.surgery import bln_layers
 from zoo._registry import create_model
 from zoo._weights import get_weights
 from zoo.data.loader import generator_for
+from zoo.distillation import Teachers, distillation_loss
 
 Batch = tuple[Tensor, ...]
 
@@ -45,7 +47,14 @@ class LitClassifier(pl.LightningModule):
         bf16: Train under bfloat16 autocast: True, False or "auto" (default), on GPUs and CPUs that compute in it.
             Validation and test are always in float32.
         channels_last: Keep image models in this memory format. Default True.
+        teachers: Names of weights, such as ["resnet20_bn.cifar10"], whose averaged probabilities on each training batch
+            are learned beside the labels, see `zoo.distillation.distillation_loss`. Default None: labels only.
+        distillation: The share of the teachers in the loss. Default 0.9.
+        temperature: Of the teachers' probabilities. Default 2.
         model_kwargs: More arguments of the model.
+
+    Raises:
+        ValueError: If an argument is none of these, or the teachers have other classes.
 
     Example:
         >>> module = LitClassifier("resnet20_bln", lr=0.2)
@@ -64,6 +73,9 @@ class LitClassifier(pl.LightningModule):
         warmup: float = 0.2,
         bf16: bool | str = "auto",
         channels_last: bool = True,
+        teachers: list[str] | None = None,
+        distillation: float = 0.9,
+        temperature: float = 2.0,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -71,10 +83,19 @@ class LitClassifier(pl.LightningModule):
             raise ValueError(f"optimizer must be 'sgd' or 'adam', got {optimizer!r}.")
         if schedule not in ("triangle", "constant"):
             raise ValueError(f"schedule must be 'triangle' or 'constant', got {schedule!r}.")
+        if not 0 <= distillation <= 1 or not temperature > 0:
+            raise ValueError(
+                f"distillation must be from 0 to 1 and temperature above 0, got {distillation!r} and {temperature!r}."
+            )
         if num_classes is None:
             num_classes = 10
             if weights is not None:
                 num_classes = int(get_weights(f"{model}.{weights}").metadata["arguments"]["num_classes"])
+        self.teachers = None if teachers is None else Teachers(teachers)
+        if self.teachers is not None and self.teachers.num_classes != num_classes:
+            raise ValueError(
+                f"Teachers must have the model's classes, got {self.teachers.num_classes} and num_classes={num_classes}."
+            )
         self.save_hyperparameters(ignore="weights")
         self.hparams["num_classes"] = num_classes
         self.seed = torch.initial_seed()
@@ -88,9 +109,17 @@ class LitClassifier(pl.LightningModule):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The model's outputs."""
+        return self.model(*self._as_the_model_takes(inputs))
+
+    def _as_the_model_takes(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         if self.hparams["channels_last"] and inputs[0].ndim == 4:
-            inputs = (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
-        return self.model(*inputs)
+            return inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]
+        return inputs
+
+    def on_fit_start(self) -> None:
+        """Teachers are needed in training only."""
+        if self.teachers is not None:
+            self.teachers.load_(self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout of this step: neither what came before nor a break between two steps may change it."""
@@ -119,9 +148,20 @@ class LitClassifier(pl.LightningModule):
         enabled = computes_in_bf16(self.device) if bf16 == "auto" else bool(bf16)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             outputs = self(*inputs)
-        loss = self.loss(outputs.float(), labels)
+            targets = None if self.teachers is None else self._targets(inputs)
+        outputs = outputs.float()
+        if targets is None:
+            loss = self.loss(outputs, labels)
+        else:
+            loss = distillation_loss(
+                outputs, labels, targets, self.hparams["distillation"], self.hparams["temperature"]
+            )
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         return loss
+
+    def _targets(self, inputs: list[Tensor]) -> Tensor:
+        assert self.teachers is not None
+        return self.teachers.probabilities(self._as_the_model_takes(inputs), self.hparams["temperature"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy."""
