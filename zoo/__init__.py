@@ -9,12 +9,13 @@ model = zoo.create_model("resnet20_bln", weights="cifar10").eval()
 transform = zoo.get_weights("resnet20_bln.cifar10").transforms()
 """
 
-from zoo import cnn, gru, paper, resnet, torchvision_resnet
+from zoo import cifarnet, cnn, gru, paper, resnet, torchvision_resnet
 from zoo._registry import create_model, list_models
 from zoo._weights import Weights, get_weights
 
 __all__ = [
     "Weights",
+    "cifarnet",
     "cnn",
     "create_model",
     "get_weights",

@@ -17,6 +17,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from lightning_bln.surgery import bln_layers
+from zoo._storage import unpack_rows
 from zoo.text import PADDING, Tokenizer
 
 FOLDER = Path(__file__).parent / "weights"
@@ -66,7 +67,8 @@ class Weights:
         path: The safetensors file.
         metadata: "arguments" of the model, "data", "recipe", "seed", "epochs", "flags" of its BatchLayerNorm layers,
             "metrics" (accuracies from 0 to 1), "classes" in the order of the outputs, "test_batch_size", "parameters",
-            "dtype" of the file, "date", "commit" and "torch" of its making, "input".
+            "dtype" of the file, "date", "commit" and "torch" of its making, "input"; where there were any, "start",
+            the weights that its training began with, and "teachers".
 
     Example:
         >>> weights = zoo.get_weights("resnet20_bln.cifar10")  # doctest: +SKIP
@@ -80,7 +82,7 @@ class Weights:
     metadata: dict[str, Any] = field(repr=False, hash=False)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The model's parameters and buffers, in float32 where the file has float16.
+        """The model's parameters and buffers, in float32 where the file has float16 or fewer bits.
 
         Settings of BatchLayerNorm layers, which their state_dict has too, come from the model and from the metadata's
         flags: ``zoo.create_model(arch, weights=tag)`` sets both.
@@ -123,8 +125,14 @@ class Weights:
         return Standardize(given["size"], mean, std, image=given["kind"] == "image")
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = load(checked(self.path))
-        return {name: value.float() if value.dtype == torch.float16 else value for name, value in tensors.items()}
+        return as_float32(load(checked(self.path)))
+
+
+def as_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A weights file's tensors as a model takes them."""
+    return {
+        name: value.float() if value.dtype == torch.float16 else value for name, value in unpack_rows(tensors).items()
+    }
 
 
 def _of_one_length(tokenizer: Tokenizer, length: int, texts: Sequence[str]) -> Tensor:

@@ -28,6 +28,8 @@ _NORMS = {
 _SOURCES = {
     "resnet20": "He, Zhang, Ren, Sun, [Deep Residual Learning for Image Recognition]"
     "(https://arxiv.org/abs/1512.03385), section 4.2",
+    "cifarnet": "the network of Jordan, [94% on CIFAR-10 in 3.29 Seconds on a Single GPU]"
+    "(https://arxiv.org/abs/2404.00498), section 3.1, with a first layer that is learned",
     "cnn": "three convolutions, for demonstrations",
     "gru": "a GRU with a norm after each layer, as in the [paper](https://arxiv.org/abs/2209.08898)",
     "gru_recurrent": "norms inside the gates, after Cooijmans et al., [Recurrent Batch Normalization]"
@@ -82,6 +84,7 @@ def card(weights: Weights, all_weights: Sequence[Weights]) -> str:
         "",
         f"- Recipe: [{data['recipe']}](../../{data['recipe']}), seed {data['seed']}, {data['epochs']} epochs, torch "
         f"{data['torch']}, {data['date']}, commit {data['commit'][:12]}.",
+        *_origin(data),
         f"- Classes, in the order of the outputs: {', '.join(data['classes'])}.",
         f"- In a checkout, again: `lightning-bln fit --config {data['recipe']}{root} --ckpt_path last`",
         f"- The test accuracy: `lightning-bln test --config {data['recipe']}{root} --model.weights {tag} --bln false`",
@@ -102,6 +105,17 @@ def _norm(weights: Weights) -> str:
     """The norm, and over what its statistics were taken if that is not the default."""
     statistics = weights.metadata["arguments"].get("statistics")
     return _NORMS[split(weights.arch)[1]] + (f" ({statistics.replace('_', ' ')})" if statistics else "")
+
+
+def _origin(data: dict[str, Any]) -> list[str]:
+    """The weights that the training began with, and those that it learned from."""
+    lines = []
+    if start := data.get("start"):
+        lines.append(f"- It began with the weights [{start}]({start}.md).")
+    if teachers := data.get("teachers"):
+        links = " and ".join(f"[{name}]({name}.md)" for name in teachers)
+        lines.append(f"- Beside the labels it learned the outputs of {links} (knowledge distillation).")
+    return lines
 
 
 def _flags(data: dict[str, Any]) -> list[str]:
@@ -130,7 +144,7 @@ def _flag_text(flags: str | dict[str, str]) -> str:
 def _twins(weights: Weights, all_weights: Sequence[Weights]) -> list[str]:
     family = split(weights.arch)[0]
     twins = [
-        other for other in all_weights if (split(other.arch)[0], dataset(other.tag)) == (family, dataset(weights.tag))
+        other for other in all_weights if (split(other.arch)[0], training(other.tag)) == (family, training(weights.tag))
     ]
     if len(twins) < 2:
         return []
@@ -169,6 +183,11 @@ def split(arch: str) -> tuple[str, str]:
 def dataset(tag: str) -> str:
     """The data set of a tag, such as "cifar10" of "cifar10_per_channel"."""
     return tag.partition("_")[0]
+
+
+def training(tag: str) -> str:
+    """The tag without what it says of a norm's statistics: weights of one such tag were trained alike."""
+    return tag.removesuffix("_per_position")
 
 
 def percent(share: float) -> str:

@@ -32,7 +32,7 @@ class Teachers:
     def __init__(self, names: Sequence[str]) -> None:
         if isinstance(names, str) or not names:
             raise ValueError(
-                f'Teachers must be a list of names of weights, got {names!r}; pass ["resnet20_bn.cifar10"], for example.'
+                f'Teachers must be a list of names of weights, got {names!r}; pass ["resnet20_bn.cifar10"], say.'
             )
         self.names = [get_weights(name).name for name in names]
         classes = {name: int(get_weights(name).metadata["arguments"]["num_classes"]) for name in self.names}

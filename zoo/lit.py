@@ -94,7 +94,7 @@ class LitClassifier(pl.LightningModule):
         self.teachers = None if teachers is None else Teachers(teachers)
         if self.teachers is not None and self.teachers.num_classes != num_classes:
             raise ValueError(
-                f"Teachers must have the model's classes, got {self.teachers.num_classes} and num_classes={num_classes}."
+                f"Teachers must have num_classes={num_classes} as the model has, got {self.teachers.num_classes}."
             )
         self.save_hyperparameters(ignore="weights")
         self.hparams["num_classes"] = num_classes

@@ -34,7 +34,8 @@ from lightning_bln.surgery import bln_layers
 from lightning_bln.tuning import score_flags
 from lightning_bln.tuning.table import ScoreTable
 from zoo._registry import create_model
-from zoo._weights import FOLDER, GOLDEN, INPUT, SUFFIX, SUMS, check_metadata, checksums, load_tensors_
+from zoo._storage import pack_rows
+from zoo._weights import FOLDER, GOLDEN, INPUT, SUFFIX, SUMS, as_float32, check_metadata, checksums, load_tensors_
 from zoo.lit import LitClassifier
 
 GOLDEN_SAMPLES = 4
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", action="config", required=True, help="the YAML file of the training")
     parser.add_argument("--data-name", type=str, required=True, help='what cards call the data: "CIFAR-10 (JPEG)"')
     parser.add_argument("--flags", type=str | None, help='such as FFFF, or "own": as the layers have them')
+    parser.add_argument("--embedding-bits", type=int | None, help="of each number of an embedding. Default: 16 or 32")
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder of weights. Default: zoo/weights")
     parser.add_subclass_arguments(pl.LightningDataModule, "data")
     parser.add_argument("--seed_everything", type=int, help=argparse.SUPPRESS)
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data=parser.instantiate(given).data,
         data_name=given.data_name,
         flags=given.flags,
+        embedding_bits=given.embedding_bits,
         folder=given.out,
     )
     sys.stdout.write(json.dumps(metadata, indent=2) + "\n")
@@ -86,6 +89,7 @@ def pack(
     data: Any,
     data_name: str,
     flags: str | None = None,
+    embedding_bits: int | None = None,
     folder: Path = FOLDER,
 ) -> dict[str, Any]:
     """Measure a trained model, and write its weights file, its golden file and their sha256.
@@ -100,6 +104,8 @@ def pack(
             tokenizer for texts.
         data_name: What cards call the data.
         flags: Of all BatchLayerNorm layers; "own" for those that the checkpoint has. Default None: `search_flags`.
+        embedding_bits: In how many bits embeddings' numbers are stored, for files that would be too large, whether
+            that changes the validation accuracy or not. Default None: as other parameters.
         folder: Default ``zoo/weights``.
 
     Returns:
@@ -138,8 +144,8 @@ def pack(
     chosen = _chosen_flags(model, None if flags == "own" else flags)
 
     # The rounded weights replace the others only if they are as accurate; the test data are for the ones that are kept.
-    exact = stored_tensors(model, torch.float32)
-    rounded = stored_tensors(model, torch.float16)
+    exact = stored_tensors(model, torch.float32, embedding_bits)
+    rounded = stored_tensors(model, torch.float16, embedding_bits)
     evaluate = partial(_evaluate, arch, arguments, flags=chosen, data=data)
     metrics, tensors = evaluate("validate", exact), exact
     rounded_metrics = evaluate("validate", rounded)
@@ -169,12 +175,17 @@ def pack(
         "classes": list(data.classes),
         "test_batch_size": len(labels),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": "float16" if tensors is rounded else "float32",
+        "dtype": ("float16" if tensors is rounded else "float32")
+        + (f", embeddings in {embedding_bits} bits" if embedding_bits else ""),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit,
         "torch": str(torch.__version__),
         "input": taken,
     }
+    # What the weights owe to others.
+    began = settings.get("weights")
+    metadata |= {"start": f"{arch}.{began}"} if began else {}
+    metadata |= {"teachers": list(settings["teachers"])} if settings.get("teachers") else {}
     if search is not None:
         metadata["flag_search"] = search
     tensors |= {key: value for key, value in zip(INPUT, (data.mean, data.std), strict=True) if value is not None}
@@ -236,19 +247,24 @@ def search_flags(model: nn.Module, batches: Any) -> dict[str, Any]:
     }
 
 
-def stored_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def stored_tensors(model: nn.Module, dtype: torch.dtype, embedding_bits: int | None = None) -> dict[str, Tensor]:
     """What a weights file holds of a model: parameters in ``dtype``, buffers as they are, nothing else.
 
-    Buffers are the statistics of norms, whose range float16 does not have.
+    Buffers are the statistics of norms, whose range float16 does not have. Embeddings are packed if they are to have
+    so many bits, see `zoo._storage.pack_rows`.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {
+    stored = {
         name: value.detach()
         .to(dtype if name in parameters else value.dtype)
         .clone(memory_format=torch.contiguous_format)
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor)
     }
+    if embedding_bits is None:
+        return stored
+    tables = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return pack_rows(stored, tables, embedding_bits)
 
 
 def write_weights(
@@ -339,7 +355,7 @@ def _outputs(
 
 
 def _load(model: nn.Module, tensors: Mapping[str, Tensor], flags: str | dict[str, str] | None) -> None:
-    load_tensors_(model, tensors)
+    load_tensors_(model, as_float32(tensors))
     if flags is not None:
         set_flags_(model, flags)
 

@@ -14,7 +14,7 @@ from tests.tolerances import assert_close
 
 NAMES = zoo.list_models()
 # Every depth of a family has the same layers, and the large ones have those of the small ones.
-FAMILIES = ("resnet20", "cnn", "paper_cnn", "paper_lstm", "gru")
+FAMILIES = ("resnet20", "cifarnet", "cnn", "paper_cnn", "paper_lstm", "gru")
 COMPILED = [
     name for name in NAMES if name.rpartition("_")[0] in FAMILIES or name in ("resnet18_bln", "gru_recurrent_bln")
 ]

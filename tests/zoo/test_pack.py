@@ -23,7 +23,7 @@ from lightning_bln.tuning import score_flags
 from lightning_bln.tuning.table import CellScore, ScoreTable
 from tests.zoo.example_weights import metadata, write_example
 from zoo import _weights, pack
-from zoo._weights import checksums
+from zoo._weights import as_float32, checksums
 from zoo.data import Digits, IMDb
 from zoo.lit import LitClassifier
 
@@ -122,6 +122,15 @@ def test_parameters_are_rounded_and_nothing_else() -> None:
     kept = pack.stored_tensors(model, torch.float32)["0.weight"]
     assert torch.equal(kept, model[0].weight)
     assert kept.data_ptr() != model[0].weight.data_ptr()
+
+
+def test_embeddings_in_few_bits() -> None:
+    model = nn.ModuleDict({"words": nn.Embedding(5, 16), "dense": nn.Linear(16, 2)})
+    stored = pack.stored_tensors(model, torch.float16, embedding_bits=4)
+    assert stored.keys() == {"words.weight.codes", "words.weight.scale", "dense.weight", "dense.bias"}
+    rows = model["words"].weight.detach()
+    step = 2 * rows.abs().amax(1, keepdim=True) / 15
+    assert ((as_float32(stored)["words.weight"] - rows).abs() <= step * 0.5001).all()
 
 
 def test_files_are_written_and_listed(folder: Path) -> None:
@@ -330,7 +339,7 @@ def test_texts(folder: Path, tmp_path: Path) -> None:
             place.mkdir(parents=True)
             for number in range(8):
                 (place / f"{number}_1.txt").write_text(f"a {word} film" + " really" * number, encoding="utf-8")
-    sizes = {"vocabulary_size": 20, "embedding_size": 4, "hidden_size": 4, "batch_size": 4}
+    sizes = {"vocabulary_size": 20, "embedding_size": 8, "hidden_size": 4, "batch_size": 4}
     data = IMDb(str(tmp_path / "aclImdb"), batch_size=4, validation=4)
     checkpoint = train(tmp_path, data, LitClassifier("gru_bln", num_classes=2, model_kwargs=sizes))
     arguments = [str(checkpoint), "--recipe", str(recipe(tmp_path, "gru_bln", "IMDb")), "--data-name", "films"]
@@ -366,6 +375,13 @@ def test_texts(folder: Path, tmp_path: Path) -> None:
     assert zoo.get_weights("gru_bln").metadata["input"]["vocabulary"] == "gru_bln.films.vocabulary.txt"
     assert "worst" in (folder / "gru_bln.films.vocabulary.txt").read_text()
     assert "worst" not in (folder / "films.vocabulary.txt").read_text()
+
+    pack.main([*arguments, "--name", "gru_bln.small", "--embedding-bits", "3"])
+    small = zoo.get_weights("gru_bln.small")
+    assert small.metadata["dtype"].endswith(", embeddings in 3 bits")
+    with torch.no_grad():
+        y = zoo.create_model("gru_bln", weights="small").eval()(*small.golden()[0])
+    torch.testing.assert_close(y, small.golden()[1], atol=1e-5, rtol=1e-5)
     assert json.loads((folder / "sha256.json").read_text()).keys() == {
         path.name for path in folder.iterdir() if path.name != "sha256.json"
     }
