@@ -95,6 +95,18 @@ using Vec = typename VectorOf<A>::type;
 template <class A>
 constexpr int kLanes = kVectorBytes / int(sizeof(A));
 
+// As many values in float64.
+template <class A>
+struct WideOf {
+  typedef double type __attribute__((vector_size(kLanes<A> * int(sizeof(double)))));
+};
+template <class A>
+using Wide = typename WideOf<A>::type;
+template <class A>
+inline Wide<A> widen(Vec<A> v) {
+  return __builtin_convertvector(v, Wide<A>);
+}
+
 template <class A>
 inline Vec<A> splat(A value) {
   return value - Vec<A>{};
@@ -491,6 +503,16 @@ BLN_VECTORIZE void add_all(A* to, const A* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
+// The same, where what the sums lose to rounding is gathered in `rest` (Knuth's exact sum of two).
+template <class A>
+BLN_VECTORIZE void add_all(A* to, A* rest, const A* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const A sum = to[i] + from[i], added = sum - to[i];
+    rest[i] += (to[i] - (sum - added)) + (from[i] - added);
+    to[i] = sum;
+  }
+}
+
 // factor / sqrt(var + eps); the two may be one array.
 template <class A>
 BLN_VECTORIZE void to_rstd(const A* var, A* rstd, int64_t count, A eps, A factor = A(1)) {
@@ -502,16 +524,42 @@ template <class A>
 BLN_VECTORIZE void to_scale(const A* var, A* scale, int64_t count, double eps, double factor) {
   for (int64_t i = 0; i < count; ++i) scale[i] = A(factor / std::sqrt(double(var[i]) + eps));
 }
+// Of var + rest.
+template <class A>
+BLN_VECTORIZE void to_scale(const A* var, const A* rest, A* scale, int64_t count, double eps, double factor) {
+  for (int64_t i = 0; i < count; ++i) scale[i] = A(factor / std::sqrt(double(var[i]) + double(rest[i]) + eps));
+}
+
+// Samples whose sums are taken before they are added to those of others, so that no sum has many terms of its own size.
+constexpr int64_t kPart = 32;
+
+// Means to values near them that have no finer digits than values a few deviations away, so that those less these are
+// exact; what is left of mean + rest, times -scale, goes to `offset`.
+template <class A>
+BLN_VECTORIZE void to_coarse(A* mean, const A* rest, const A* scale, A* offset, int64_t count, A four_factors) {
+  for (int64_t i = 0; i < count; ++i) {
+    // A scale of 0 is that of an infinite variance, or weight 0.
+    const A far = scale[i] != A(0) ? four_factors / scale[i] : A(0), coarse = (mean[i] + far) - far;
+    offset[i] = ((coarse - mean[i]) - rest[i]) * scale[i];
+    mean[i] = coarse;
+  }
+}
 
 // Moments for each key over the samples so far, kept around a value near their mean: Chan's update by a few at a time.
 template <class A>
 struct RunningMoments {
   using V = Vec<A>;
-  A *shift, *mean, *squares;
+  A *shift, *mean;
+  A* squares;  // of the samples since the last flush
+  A *total = nullptr, *rest = nullptr;  // of those before, and what rounding took off it; null where nothing is flushed
   int64_t count = 0;
   A share = 0, weight = 0;
 
   void restart() { count = 0; }
+  void flush(int64_t first, int64_t keys) {
+    add_all(total + first, rest + first, squares + first, keys);
+    std::fill(squares + first, squares + first + keys, A(0));
+  }
   // N values are about to be added at each key.
   void begin(int n) {
     share = A(n) / A(count + n);
@@ -870,8 +918,8 @@ template <class A>
 class Inside {
   using V = Vec<A>;
   using B = Block<A>;
-  static constexpr int64_t kPart = 32;  // samples whose sums are taken before they are added to those of others
   static constexpr int L = kLanes<A>;
+  static constexpr int64_t kRows = 1024;  // rows whose moments are taken, per channel, before they are merged with others
 
  public:
   explicit Inside(Problem<A>& problem) : p(problem) {}
@@ -1017,7 +1065,10 @@ class Inside {
     return b.read(from, n, count, b.in_place() ? nullptr : room + n * b.slab);
   }
 
-  RunningMoments<A> take_moments(int64_t keys) const { return {task_scratch.take<A>(keys), task_scratch.take<A>(keys), task_scratch.take<A>(keys)}; }
+  RunningMoments<A> take_moments(int64_t keys) const {
+    A *shift = task_scratch.take<A>(keys), *mean = task_scratch.take<A>(keys), *squares = task_scratch.take<A>(keys);
+    return {shift, mean, squares};
+  }
 
   // Around the mean of the first few of n slabs.
   void start(const B& b, RunningMoments<A>& moments, const A* x, int64_t n) const {
@@ -1240,7 +1291,7 @@ class Inside {
       means = call_scratch.take<A>(plan.parts_n * keys);
       squares = call_scratch.take<A>(plan.parts_n * keys);
     }
-    std::vector<std::vector<Moments<double>>> channels(plan.tasks);
+    std::vector<std::vector<Moments<double>>> channels(plan.tasks, std::vector<Moments<double>>(p.per_channel ? p.C : 0));
     run_tasks(plan.tasks, [&](int64_t t) {
       const Share own = share(plan, t);
       const B b0 = block(plan, own.blocks.begin);
@@ -1258,6 +1309,8 @@ class Inside {
           if (with_batch && (p.per_channel ? moments.count == 0 : n == own.samples.begin)) start(b, moments, x, count);
           if (with_batch) {
             own_features(b, x, n, count, moments, mean_f, var_f, with_feature);
+            // Before it has many terms of its own size.
+            if (p.per_channel && moments.count >= kRows) add_channels(moments, channels[t]);
           } else {
             own_features(b, x, n, count, none, mean_f, var_f, with_feature);
           }
@@ -1270,7 +1323,7 @@ class Inside {
           }
         }
       }
-      if (with_batch && p.per_channel) channels[t] = by_channel(moments);
+      if (with_batch && p.per_channel) add_channels(moments, channels[t]);
     });
     if (!with_batch) return;
     if (p.per_channel) return p.store_channels(channels);
@@ -1296,13 +1349,12 @@ class Inside {
     });
   }
 
-  // A task's moments for each feature, over its positions.
-  std::vector<Moments<double>> by_channel(const RunningMoments<A>& moments) const {
-    std::vector<Moments<double>> channels(p.C);
+  // Moments for each feature, over positions, to those of a task; they begin anew.
+  void add_channels(RunningMoments<A>& moments, std::vector<Moments<double>>& channels) const {
     for (int64_t c = 0; c < p.C && moments.count > 0; ++c) {
       channels[c].merge(double(moments.count), double(moments.shift[c]) + double(moments.mean[c]), double(moments.squares[c]));
     }
-    return channels;
+    moments.restart();
   }
 
   void normalise(const Plan& plan) const {
@@ -1452,7 +1504,7 @@ class Outside {
   static constexpr int kSamples = std::is_same_v<A, double> ? 1 : 4;
   static constexpr int kRows = std::is_same_v<A, double> ? 1 : 2;
   static constexpr int kGradients = std::is_same_v<A, double> ? 1 : 2;
-  static constexpr int64_t kPart = 32;  // samples whose sums are taken before they are added to those of others
+  static constexpr int64_t kFew = 8;   // samples, up to which sums of squares are flushed for every few
   static constexpr int64_t kNear = 8;  // features whose mean is what a sample's are taken around
   template <int I>
   using Int = std::integral_constant<int, I>;
@@ -1464,13 +1516,13 @@ class Outside {
     const Plan plan = choose(p.batch.own());
     if (p.batch.own() && plan.whole) {
       each_span(plan, [&](const Span& s, const Share&) {
-        take_block(s, true);
-        normalise(s, {0, p.N}, true);
+        const Rest rest = take_block(plan, s, true);
+        normalise(s, {0, p.N}, true, rest);
       });
       return;
     }
-    if (p.batch.own()) take_statistics(plan);
-    each_span(plan, [&](const Span& s, const Share& own) { normalise(s, own.samples, p.batch.own()); });
+    const Rest rest = p.batch.own() ? take_statistics(plan) : Rest();
+    each_span(plan, [&](const Span& s, const Share& own) { normalise(s, own.samples, p.batch.own(), rest.at(place(plan, s))); });
   }
 
   void backward() {
@@ -1488,8 +1540,8 @@ class Outside {
     grads_.assign(plan.tasks, std::vector<double>(2 * p.C, 0.0));
     if (plan.whole) {
       each_span(plan, [&](const Span& s, const Share& own) {
-        if (missing_b) take_block(s, !p.feature.known);
-        const Sums sums = take_sums(task_scratch, s.keys(p.C));
+        if (missing_b) take_block(plan, s, !p.feature.known);
+        const Sums sums = take_sums(task_scratch, s.keys(p.C), in_parts(plan));
         const FeatureTerms f = take_features(task_scratch, p.N * s.apart);
         reduce(s, {0, p.N}, missing_f, sums, f, own.task);
         const BatchTerms b = take_terms(task_scratch, s.keys(p.C));
@@ -1651,6 +1703,9 @@ class Outside {
   // Moments for each key, over samples.
   struct PerPosition : RunningMoments<A> {
     int64_t padded;
+    void flush(const Range& rows) {
+      if (this->total) RunningMoments<A>::flush(rows.begin * padded, rows.size() * padded);
+    }
     void begin_row(int) {}
     template <int N>
     void add(int, int64_t c, int64_t at, const V* values) {
@@ -1668,6 +1723,7 @@ class Outside {
     int n = 0;
 
     void restart() {}
+    void flush(const Range&) {}
     void begin(int samples) { n = samples; }
     void begin_row(int r) { sum[r] = square[r] = V{}; }
     template <int N>
@@ -1788,6 +1844,8 @@ class Outside {
   void take(const Span& s, const Range& samples, Batch& batch, bool with_feature) const {
     A* room = take_room(s);
     const FeatureSums all = take_feature_sums(samples.size() * s.apart);
+    // Of few samples, one may be most of a variance.
+    const int64_t part = p.N <= kFew ? kSamples : kPart;
     each_part(s, [&](const Range& rows, bool first, bool last) {
       batch.restart();
       each_group(samples, [&](auto count, int64_t n) {
@@ -1796,59 +1854,108 @@ class Outside {
         if (first) begin_features<count>(x, s, f);
         batch.begin(count);
         each_rows(rows, [&](auto some, int64_t c) { add_moments<count, some>(x, s, c, batch, f); });
+        if ((n - samples.begin + count) % part == 0) batch.flush(rows);
         if (!last || !with_feature || !p.feature.own()) return;
         end_features(count * s.apart, f, f.sum, f.square);
         store_features(s, {n, n + count}, f.sum, f.square);
       });
+      if (samples.size() % part != 0) batch.flush(rows);
     });
   }
 
-  // Moments of samples at these arrays of C * padded values, around the mean of the first of them.
-  PerPosition start(const Span& s, const Range& samples, A* shift, A* mean, A* squares) const {
+  // Whether sums over samples are taken in parts: no task has more than one part's else.
+  bool in_parts(const Plan& plan) const { return p.N > kPart * plan.parts_n; }
+
+  // Arrays of moments: shift, mean, sum of squared deviations and, where the latter is flushed, what rounding took off it.
+  bool flushes(const Plan& plan) const { return in_parts(plan) || p.N <= kFew; }
+  int64_t moment_arrays(const Plan& plan) const { return flushes(plan) ? 4 : 3; }
+
+  // Moments of samples at these arrays of C * padded values, `apart` from each other, around the mean of the first samples.
+  PerPosition start(const Plan& plan, const Span& s, const Range& samples, A* arrays, int64_t apart) const {
+    A *shift = arrays, *mean = arrays + apart, *total = arrays + 2 * apart, *rest = arrays + 3 * apart, *squares = total;
+    if (flushes(plan)) {
+      squares = task_scratch.take<A>(s.keys(p.C));
+    } else {
+      total = rest = nullptr;
+    }
     const int64_t near = std::min<int64_t>(4, samples.size());
     const View x = read(p.x, s, samples.begin, near, {0, p.C}, task_scratch.take<A>(near * s.keys(p.C)));
     for (int64_t c = 0; c < p.C; ++c) {
       for (int64_t j = 0; j < s.padded; j += L) {
-        V total{};
-        for (int64_t i = 0; i < near; ++i) total += get<A>(x.data + i * x.n + c * x.row + j);
-        put<A>(shift + c * s.padded + j, total * (A(1) / A(near)));
+        const A* at = x.data + c * x.row + j;
+        V total{}, far{};
+        for (int64_t i = 0; i < near; ++i) total += get<A>(at + i * x.n);
+        const V mean = total * (A(1) / A(near));
+        // Without finer digits than values have that are some deviations away, so that those less this are exact.
+        for (int64_t i = 0; i < near; ++i) {
+          const V d = get<A>(at + i * x.n) - mean;
+          far += d < 0 ? -d : d;
+        }
+        put<A>(shift + c * s.padded + j, (mean + far) - far);
       }
     }
-    std::fill(mean, mean + s.keys(p.C), A(0));
-    std::fill(squares, squares + s.keys(p.C), A(0));
-    return {{shift, mean, squares}, s.padded};
+    for (A* array : {mean, squares, total, rest}) {
+      if (array) std::fill(array, array + s.keys(p.C), A(0));
+    }
+    return {{shift, mean, squares, total, rest}, s.padded};
+  }
+
+  // The sum of two, rounded, and what rounding took off, exactly (Knuth).
+  static std::pair<V, V> exact_sum(V a, V b) {
+    const V sum = a + b, added = sum - a;
+    return {sum, (a - (sum - added)) + (b - added)};
+  }
+
+  // What rounding took off own statistics, for each key; null for nothing.
+  struct Rest {
+    const A *mean = nullptr, *var = nullptr;
+    Rest at(int64_t i) const { return {mean ? mean + i : nullptr, var ? var + i : nullptr}; }
+  };
+
+  // A sum of squared deviations of `count` samples to their variance.
+  static std::pair<V, V> variance(V squares, V rest, A count) {
+    const Wide<A> exact = (widen<A>(squares) + widen<A>(rest)) * (1.0 / double(count));
+    const V var = __builtin_convertvector(exact, V);
+    return {var, __builtin_convertvector(exact - widen<A>(var), V)};
   }
 
   // Own statistics of all samples over a span, stored.
-  void take_block(const Span& s, bool with_feature) const {
+  Rest take_block(const Plan& plan, const Span& s, bool with_feature) const {
     const int64_t keys = s.keys(p.C);
-    A* arrays = task_scratch.take<A>(3 * keys);
-    PerPosition batch = start(s, {0, p.N}, arrays, arrays + keys, arrays + 2 * keys);
+    PerPosition batch = start(plan, s, {0, p.N}, task_scratch.take<A>(moment_arrays(plan) * keys), keys);
     take(s, {0, p.N}, batch, with_feature);
-    const A inverse = A(1) / A(p.N);
+    A* vars = batch.total ? batch.total : batch.squares;
     for (int64_t k = 0; k < keys; k += L) {
-      put<A>(batch.mean + k, get<A>(batch.mean + k) + get<A>(batch.shift + k));
-      put<A>(batch.squares + k, get<A>(batch.squares + k) * inverse);
+      const auto [mean, mean_rest] = exact_sum(get<A>(batch.shift + k), get<A>(batch.mean + k));
+      put<A>(batch.mean + k, mean);
+      put<A>(batch.shift + k, mean_rest);
+      const auto [var, var_rest] = variance(get<A>(vars + k), batch.rest ? get<A>(batch.rest + k) : V{}, A(p.N));
+      put<A>(vars + k, var);
+      if (batch.rest) put<A>(batch.rest + k, var_rest);
     }
     for (int64_t c = 0; c < p.C; ++c) {
       store_row(batch.mean + c * s.padded, c, s, p.batch.own_mean, p.batch);
-      store_row(batch.squares + c * s.padded, c, s, p.batch.own_var, p.batch);
+      store_row(vars + c * s.padded, c, s, p.batch.own_var, p.batch);
     }
+    return {batch.shift, batch.rest};
   }
 
   // Where a span's arrays begin among those of all spans.
   int64_t place(const Plan& plan, const Span& s) const { return s.index * span(plan, 0).keys(p.C); }
   int64_t all_keys(const Plan& plan) const { return plan.blocks * span(plan, 0).keys(p.C); }
 
-  // Own statistics in parts, merged in a fixed order, stored.
-  void take_statistics(const Plan& plan) const {
-    if (p.per_channel) return take_channels(plan);
-    const int64_t keys = all_keys(plan);
-    A* arrays = call_scratch.take<A>(3 * plan.parts_n * keys);
-    auto of_part = [&](int64_t part, const Span& s) { return arrays + 3 * part * keys + place(plan, s); };
+  // Own statistics in parts, merged in a fixed order, stored. Returns the rest by spans; nothing per channel.
+  Rest take_statistics(const Plan& plan) const {
+    if (p.per_channel) {
+      take_channels(plan);
+      return {};
+    }
+    const int64_t keys = all_keys(plan), count = moment_arrays(plan);
+    const bool rests = flushes(plan);
+    A* arrays = call_scratch.take<A>(count * plan.parts_n * keys);
+    auto of_part = [&](int64_t part, const Span& s) { return arrays + count * part * keys + place(plan, s); };
     each_span(plan, [&](const Span& s, const Share& own) {
-      A* shift = of_part(own.part, s);
-      PerPosition batch = start(s, own.samples, shift, shift + keys, shift + 2 * keys);
+      PerPosition batch = start(plan, s, own.samples, of_part(own.part, s), keys);
       take(s, own.samples, batch, !p.feature.known);
     });
     run_tasks(plan.tasks, [&](int64_t t) {
@@ -1859,23 +1966,34 @@ class Outside {
         const Span s = span(plan, i / p.C);
         const int64_t c = i % p.C;
         for (int64_t j = 0; j < s.padded; j += L) {
-          V m{}, squares{};
-          A count = 0;
+          A* first = of_part(0, s) + c * s.padded + j;
+          const V shift = get<A>(first);
+          V m{}, squares{}, lost{};  // m: less the first part's shift
+          A seen = 0;
           for (int64_t part = 0; part < plan.parts_n; ++part) {
             const A* at = of_part(part, s) + c * s.padded + j;
-            const A more = A(part_of(p.N, plan.parts_n, part).size()), share = more / (count + more);
-            const V delta = get<A>(at) + get<A>(at + keys) - m;
+            const A more = A(part_of(p.N, plan.parts_n, part).size()), share = more / (seen + more);
+            const V delta = (get<A>(at) - shift) + get<A>(at + keys) - m;
             m += delta * share;
-            squares += get<A>(at + 2 * keys) + delta * delta * (count * share);
-            count += more;
+            const auto [added, lost_here] = exact_sum(get<A>(at + 2 * keys), delta * delta * (seen * share));
+            const auto [total, lost_there] = exact_sum(squares, added);
+            squares = total;
+            lost += lost_here + lost_there;
+            if (rests) lost += get<A>(at + 3 * keys);
+            seen += more;
           }
-          put<A>(mean + j, m);
-          put<A>(var + j, squares * (A(1) / count));
+          const auto [sum, mean_rest] = exact_sum(shift, m);
+          const auto [v, var_rest] = variance(squares, lost, seen);
+          put<A>(mean + j, sum);
+          put<A>(first, mean_rest);
+          put<A>(var + j, v);
+          if (rests) put<A>(first + 3 * keys, var_rest);
         }
         store_row(mean, c, s, p.batch.own_mean, p.batch);
         store_row(var, c, s, p.batch.own_var, p.batch);
       }
     });
+    return {arrays, rests ? arrays + 3 * keys : nullptr};
   }
 
   void take_channels(const Plan& plan) const {
@@ -1896,13 +2014,24 @@ class Outside {
 
   // ------------------------------------------------------------------------------------------------------ the output
 
-  // features_known: own feature statistics are where they belong already.
-  void normalise(const Span& s, const Range& samples, bool features_known) const {
+  // features_known: own feature statistics are where they belong already. rest: of own batch statistics.
+  void normalise(const Span& s, const Range& samples, bool features_known, const Rest& rest) const {
     const int64_t keys = s.keys(p.C), rows = kSamples * s.apart;
     A *mean_b = task_scratch.take<A>(keys), *scale_b = task_scratch.take<A>(keys);
     load_rows(p.batch.used_mean(), {0, p.C}, s, mean_b, s.padded);
     load_rows(p.batch.used_var(), {0, p.C}, s, scale_b, s.padded);
-    for (int64_t c = 0; c < p.C; ++c) to_scale(scale_b + c * s.padded, scale_b + c * s.padded, s.padded, p.eps, p.exact_w_b * p.exact_W[c]);
+    // Where the mean is large and the deviation small, what rounding took off the mean is seen in y.
+    A* offset_b = rest.mean && !p.batch.mean.data ? task_scratch.take<A>(keys) : nullptr;
+    const A* rest_var = p.batch.var.data ? nullptr : rest.var;
+    for (int64_t c = 0, k = 0; c < p.C; ++c, k += s.padded) {
+      const double factor = p.exact_w_b * p.exact_W[c];
+      if (rest_var) {
+        to_scale(scale_b + k, rest_var + k, scale_b + k, s.padded, p.eps, factor);
+      } else {
+        to_scale(scale_b + k, scale_b + k, s.padded, p.eps, factor);
+      }
+      if (offset_b) to_coarse(mean_b + k, rest.mean + k, scale_b + k, offset_b + k, s.padded, A(4 * factor));
+    }
     A *room = take_room(s), *mean_f = task_scratch.take<A>(rows), *rstd_f = task_scratch.take<A>(rows);
     const FeatureSums sums = take_feature_sums(rows);
     const bool inline_features = p.feature.own() && !features_known;
@@ -1916,7 +2045,7 @@ class Outside {
       if (!inline_features || p.feature.mean.data) load_rows(p.feature.used_mean(), own, s, mean_f, s.apart);
       if (!inline_features || p.feature.var.data) load_rows(p.feature.used_var(), own, s, rstd_f, s.apart);
       to_rstd(rstd_f, rstd_f, count * s.apart, p.eps, p.w_f);
-      normalise_some<count>(x, target(s, n, room), s, mean_b, scale_b, mean_f, rstd_f);
+      normalise_some<count>(x, target(s, n, room), s, mean_b, scale_b, offset_b, mean_f, rstd_f);
       flush(s, n, count, room);
     };
     // Read twice, few samples at a time: they should stay in the second cache.
@@ -1930,32 +2059,34 @@ class Outside {
   }
 
   template <int N>
-  void normalise_some(const View& x, const Target& out, const Span& s, const A* mean_b, const A* scale_b, const A* mean_f, const A* rstd_f) const {
+  void normalise_some(const View& x, const Target& out, const Span& s, const A* mean_b, const A* scale_b, const A* offset_b, const A* mean_f, const A* rstd_f) const {
     const int64_t padded = s.padded, apart = s.apart;
     const View from = x;
     const Target to = out;
     for (int64_t c = 0; c < p.C; ++c) {
       const V W = splat<A>(p.W[c]), bias = splat<A>(p.bias[c]);
       const A *row = from.data + c * from.row, *mb = mean_b + c * padded, *sb = scale_b + c * padded;
+      const A* ob = offset_b ? offset_b + c * padded : nullptr;
       A* y = to.data + c * to.row;
-      auto value = [&](int64_t j, int u, V m, V scale) {
+      auto value = [&](int64_t j, int u, V m, V scale, V offset) {
         const V v = get<A>(row + u * from.n + j);
-        return (v - m) * scale + ((v - get<A>(mean_f + u * apart + j)) * get<A>(rstd_f + u * apart + j) * W + bias);
+        return (v - m) * scale + ((v - get<A>(mean_f + u * apart + j)) * get<A>(rstd_f + u * apart + j) * W + offset);
       };
       int64_t j = 0;
       for (; j < to.whole * L; j += L) {
-        const V m = get<A>(mb + j), scale = get<A>(sb + j);
+        const V m = get<A>(mb + j), scale = get<A>(sb + j), offset = ob ? bias + get<A>(ob + j) : bias;
         V values[N];
 #pragma GCC unroll 8
         for (int u = 0; u < N; ++u) {
           __builtin_prefetch(row + u * from.n + j + from.row);
-          values[u] = value(j, u, m, scale);
+          values[u] = value(j, u, m, scale, offset);
         }
 #pragma GCC unroll 8
         for (int u = 0; u < N; ++u) put<A>(y + u * to.n + j, values[u]);
       }
       if (to.tail) {
-        for (int u = 0; u < N; ++u) put_part<A>(y + u * to.n + j, value(j, u, get<A>(mb + j), get<A>(sb + j)), to.tail);
+        const V offset = ob ? bias + get<A>(ob + j) : bias;
+        for (int u = 0; u < N; ++u) put_part<A>(y + u * to.n + j, value(j, u, get<A>(mb + j), get<A>(sb + j), offset), to.tail);
       }
     }
   }
@@ -1963,13 +2094,31 @@ class Outside {
   // ------------------------------------------------------------------------------------------------------ the gradient
 
   // For each key: sums over samples of g, g * (x - center), x - center, and (x - center)^2 where the variance is wanted.
+  // rest: what rounding took off the first two, which are summed up further, over positions, for the parameters' gradients;
+  // null where samples are not summed in parts.
   struct Sums {
-    A *center, *g, *gd, *d, *square;
-    std::array<A*, 4> all() const { return {g, gd, d, square}; }
+    A *center, *g, *gd, *d, *square, *rest_g = nullptr, *rest_gd = nullptr;
+    std::array<A*, 6> all() const { return {g, gd, d, square, rest_g, rest_gd}; }
+    void add(const Sums& other, int64_t first, int64_t count) const {
+      for (auto [to, rest, from] : {std::tuple(g, rest_g, other.g), std::tuple(gd, rest_gd, other.gd)}) {
+        rest ? add_all(to + first, rest + first, from + first, count) : add_all(to + first, from + first, count);
+      }
+      add_all(d + first, other.d + first, count);
+      add_all(square + first, other.square + first, count);
+    }
+    void add_rests(const Sums& other, int64_t count) const {
+      if (!rest_g) return;
+      add_all(rest_g, other.rest_g, count);
+      add_all(rest_gd, other.rest_gd, count);
+    }
+    Sums at(int64_t k) const { return {center + k, g + k, gd + k, d + k, square + k, rest_g ? rest_g + k : nullptr, rest_gd ? rest_gd + k : nullptr}; }
   };
-  Sums take_sums(Scratch& scratch, int64_t keys) const {
+  Sums take_sums(Scratch& scratch, int64_t keys, bool rests) const {
     Sums sums;
     for (A** array : {&sums.center, &sums.g, &sums.gd, &sums.d, &sums.square}) *array = scratch.take<A>(keys);
+    if (rests) {
+      for (A** array : {&sums.rest_g, &sums.rest_gd}) *array = scratch.take<A>(keys);
+    }
     return sums;
   }
   // For each key: dx = g * (scale + rstd_f * W * w_f) - (x - center) * slope - offset - the features' part.
@@ -1998,12 +2147,10 @@ class Outside {
     bool squares;
     int64_t padded;
     void flush(const Range& rows) {
-      const auto to = total.all(), from = sums.all();
+      if (total.g == sums.g) return;
       const int64_t first = rows.begin * padded, count = rows.size() * padded;
-      for (size_t i = 0; i < to.size(); ++i) {
-        add_all(to[i] + first, from[i] + first, count);
-        std::fill(from[i] + first, from[i] + first + count, A(0));
-      }
+      total.add(sums, first, count);
+      for (A* array : {sums.g, sums.gd, sums.d, sums.square}) std::fill(array + first, array + first + count, A(0));
     }
     void begin_row(int) {}
     template <int N>
@@ -2117,7 +2264,7 @@ class Outside {
         if (last) end_terms(count * s.apart, f, offset);
         if ((n - samples.begin + count) % kPart == 0) batch.flush(part);
       });
-      batch.flush(part);
+      if (samples.size() % kPart != 0) batch.flush(part);
     });
   }
 
@@ -2156,10 +2303,14 @@ class Outside {
 
   void reduce(const Span& s, const Range& samples, bool missing_f, const Sums& sums, const FeatureTerms& f, int64_t task) {
     load_rows(p.batch.center(), {0, p.C}, s, sums.center, s.padded);
-    Sums part = take_sums(task_scratch, s.keys(p.C));
-    part.center = sums.center;
-    for (const Sums& each : {sums, part}) {
-      for (A* array : each.all()) std::fill(array, array + s.keys(p.C), A(0));
+    for (A* array : sums.all()) {
+      if (array) std::fill(array, array + s.keys(p.C), A(0));
+    }
+    Sums part = sums;
+    if (sums.rest_g) {
+      part = take_sums(task_scratch, s.keys(p.C), false);
+      part.center = sums.center;
+      for (A* array : {part.g, part.gd, part.d, part.square}) std::fill(array, array + s.keys(p.C), A(0));
     }
     SumsPerPosition batch{sums, part, p.batch.var_unknown, s.padded};
     reduce_samples(s, samples, missing_f, batch, f, task);
@@ -2179,23 +2330,31 @@ class Outside {
     const int64_t padded = ceil_div(count, L) * L;
     to_scale(var, terms.scale, padded, p.eps, p.exact_w_b * p.exact_W[c]);
     to_scale(var, var, padded, p.eps, 1);
-    V weight{}, bias{};
+    Wide<A> weight{}, bias{};
     for (int64_t k = 0; k < count; k += L) {
       const V r = get<A>(var + k), g = get<A>(sums.g + k), d = get<A>(sums.d + k), center = get<A>(sums.center + k);
       V gd = get<A>(sums.gd + k) - d * g * residue_of_mean;
       if (used) gd += (center - get<A>(used + k)) * g;
-      const bool partial = k + L > count;
-      weight += partial ? only<A>(r * gd, int(count - k)) : r * gd;
-      bias += partial ? only<A>(g, int(count - k)) : g;
+      const int real = int(std::min<int64_t>(L, count - k));
+      weight += widen<A>(only<A>(r, real)) * widen<A>(only<A>(gd, real));
+      bias += widen<A>(only<A>(g, real));
+      if (sums.rest_g) {
+        weight += widen<A>(only<A>(r * get<A>(sums.rest_gd + k), real));
+        bias += widen<A>(only<A>(get<A>(sums.rest_g + k), real));
+      }
       const V scale = get<A>(terms.scale + k), slope = scale * r * r * gd * var_own;
       put<A>(terms.center + k, center);
       put<A>(terms.slope + k, slope);
       put<A>(terms.offset + k, scale * g * mean_own - d * slope * residue);
     }
-    return {double(sum_all<A>(weight)) * double(p.w_b), double(sum_all<A>(bias))};
+    double total_weight = 0, total_bias = 0;
+    for (int i = 0; i < L; ++i) {
+      total_weight += weight[i];
+      total_bias += bias[i];
+    }
+    return {total_weight * double(p.w_b), total_bias};
   }
 
-  static Sums shift(const Sums& s, int64_t k) { return {s.center + k, s.g + k, s.gd + k, s.d + k, s.square + k}; }
   static BatchTerms shift(const BatchTerms& b, int64_t k) { return {b.center + k, b.scale + k, b.slope + k, b.offset + k}; }
 
   void finish_position_row(const Span& s, int64_t c, const Sums& sums, const BatchTerms& terms, A* var, A* used, int64_t task) {
@@ -2209,7 +2368,7 @@ class Outside {
 
   void finish_positions(const Span& s, const Sums& sums, const BatchTerms& terms, int64_t task) {
     A *var = task_scratch.take<A>(s.padded), *used = task_scratch.take<A>(s.padded);
-    for (int64_t c = 0; c < p.C; ++c) finish_position_row(s, c, shift(sums, c * s.padded), shift(terms, c * s.padded), var, used, task);
+    for (int64_t c = 0; c < p.C; ++c) finish_position_row(s, c, sums.at(c * s.padded), shift(terms, c * s.padded), var, used, task);
   }
 
   void differentiate(const Span& s, const Range& samples, const BatchTerms& b, const FeatureTerms& f) const {
@@ -2271,7 +2430,7 @@ class Outside {
         SumsPerChannel batch{center.data(), sums, sums + p.C, sums + 2 * p.C, s};
         reduce_samples(s, own.samples, missing_f, batch, of_span(s, own), own.task);
       });
-      const Sums sums = take_sums(call_scratch, L);
+      const Sums sums = take_sums(call_scratch, L, false);
       A var[L] = {}, used[L] = {};
       for (int64_t c = 0; c < p.C; ++c) {
         double total[3] = {};
@@ -2301,9 +2460,9 @@ class Outside {
       return;
     }
     std::vector<Sums> parts;
-    for (int64_t i = 0; i < plan.parts_n; ++i) parts.push_back(take_sums(call_scratch, keys));
+    for (int64_t i = 0; i < plan.parts_n; ++i) parts.push_back(take_sums(call_scratch, keys, in_parts(plan)));
     each_span(plan, [&](const Span& s, const Share& own) {
-      reduce(s, own.samples, missing_f, shift(parts[own.part], place(plan, s)), of_span(s, own), own.task);
+      reduce(s, own.samples, missing_f, parts[own.part].at(place(plan, s)), of_span(s, own), own.task);
     });
     run_tasks(plan.tasks, [&](int64_t t) {
       A *var = task_scratch.take<A>(padded), *used = task_scratch.take<A>(padded);
@@ -2311,10 +2470,11 @@ class Outside {
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const Span s = span(plan, i / p.C);
         const int64_t c = i % p.C, at = place(plan, s) + c * s.padded;
-        const Sums first = shift(parts[0], at);
+        const Sums first = parts[0].at(at);
         for (int64_t part = 1; part < plan.parts_n; ++part) {
-          const auto to = first.all(), from = shift(parts[part], at).all();
-          for (size_t j = 0; j < to.size(); ++j) add_all(to[j], from[j], s.padded);
+          const Sums other = parts[part].at(at);
+          first.add(other, 0, s.padded);
+          first.add_rests(other, s.padded);
         }
         finish_position_row(s, c, first, shift(terms, at), var, used, t);
       }
