@@ -723,12 +723,13 @@ struct Block {
 
   static void add_to(A* total, V v) { put<A>(total, get<A>(total) + v); }
 
-  // Sums over each of at most kLanes rows, `Sums` of them, of what `term(row, c, terms)` gives for U slabs; lanes beyond C
-  // count nothing. Then done(slab, sums): a vector holds one sum of all rows.
-  template <int U, int Sums, class Term, class Done>
-  void row_sums(const Range& range, const Term& term, const Done& done) const {
-    const int64_t whole = p.C / L * L, first = range.begin;
-    const int rows = int(range.size()), tail = int(p.C - whole);
+  // Sums over the first features of each of at most kLanes rows, `Sums` of them, of what `term(row, c, terms)` gives for U
+  // slabs, after begin(row); lanes beyond those features count nothing. Then done(slab, sums): a vector holds one sum of
+  // all rows.
+  template <int U, int Sums, class Begin, class Term, class Done>
+  void row_sums(const Range& range, int64_t features, const Begin& begin, const Term& term, const Done& done) const {
+    const int64_t whole = features / L * L, first = range.begin;
+    const int rows = int(range.size()), tail = int(features - whole);
     const V real = tail ? get<A>(p.real + whole) : V{};
     V sums[U][Sums][L];
     for (int u = 0; u < U; ++u) {
@@ -738,6 +739,7 @@ struct Block {
     }
     for (int i = 0; i < rows; ++i) {
       V acc[U][Sums] = {};
+      begin(first + i);
       for (int64_t c = 0; c < whole; c += L) {
         V terms[U][Sums];
         term(first + i, c, terms);
@@ -780,35 +782,40 @@ struct Block {
   template <int U, class Batch>
   void moments_some(const A* x, Batch& batch, const Range& rows, A* mean_f, A* var_f) const {
     const int64_t slab = this->slab, padded = this->padded, width = this->width, key_row = this->key_row;
-    const A inverse = A(1) / A(p.C);
-    A means[U][L];
+    // Around the mean of the first few features.
+    const int64_t near = std::min<int64_t>(p.C, L);
+    const A inverse = A(1) / A(p.C), inverse_near = A(1) / A(near);
+    A shifts[U][L];
     row_sums<U, 1>(
-        rows,
-        [&](int64_t r, int64_t c, V(&terms)[U][1]) {
+        rows, near, [](int64_t) {},
+        [&](int64_t r, int64_t c, V(&terms)[U][1]) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+          for (int u = 0; u < U; ++u) terms[u][0] = get<A>(x + u * slab + r * padded + c);
+        },
+        [&](int u, V(&sums)[1]) { put<A>(shifts[u], sums[0] * inverse_near); });
+    V shift[U];
+    row_sums<U, 2>(
+        rows, p.C,
+        [&](int64_t r) {
+          if (!key_row) batch.begin(U);
+#pragma GCC unroll 8
+          for (int u = 0; u < U; ++u) shift[u] = splat<A>(shifts[u][r - rows.begin]);
+        },
+        [&](int64_t r, int64_t c, V(&terms)[U][2]) __attribute__((always_inline)) {
           V values[U];
           const A* at = x + r * padded + c;
 #pragma GCC unroll 8
           for (int u = 0; u < U; ++u) {
             __builtin_prefetch(at + (u + U) * slab);
-            terms[u][0] = values[u] = get<A>(at + u * slab);
-          }
-          if (!key_row && c == 0) batch.begin(U);
-          batch.template add<U>(r * key_row + c, values);
-        },
-        [&](int u, V(&sums)[1]) { put<A>(means[u], sums[0] * inverse); });
-    // The first pass rounds sums as large as the data; this one sums deviations, which cost nothing more here.
-    row_sums<U, 2>(
-        rows,
-        [&](int64_t r, int64_t c, V(&terms)[U][2]) {
-#pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) {
-            terms[u][0] = get<A>(x + u * slab + r * padded + c) - splat<A>(means[u][r - rows.begin]);
+            values[u] = get<A>(at + u * slab);
+            terms[u][0] = values[u] - shift[u];
             terms[u][1] = terms[u][0] * terms[u][0];
           }
+          batch.template add<U>(r * key_row + c, values);
         },
         [&](int u, V(&sums)[2]) {
           const V d = sums[0] * inverse;
-          put_rows(mean_f + u * width + rows.begin, get<A>(means[u]) + d, rows);
+          put_rows(mean_f + u * width + rows.begin, get<A>(shifts[u]) + d, rows);
           put_rows(var_f + u * width + rows.begin, sums[1] * inverse - d * d, rows);
         });
   }
@@ -841,10 +848,19 @@ struct Block {
   void reduce_some(const A* x, const A* g, const A* center_b, const BatchSums sums, const FeatureTerms f, int64_t f0, const Range& rows) const {
     const int64_t slab = this->slab, padded = this->padded, width = this->width, key_row = this->key_row;
     const A* W_all = p.W;
+    V center[U], rstd[U], offset[U];
     row_sums<U, 2>(
-        rows,
-        [&](int64_t r, int64_t c, V(&terms)[U][2]) {
-          const int64_t k = r * padded + c, key = r * key_row + c, at = f0 + r;
+        rows, p.C,
+        [&](int64_t r) {
+#pragma GCC unroll 8
+          for (int u = 0; u < U; ++u) {
+            center[u] = splat<A>(f.center[f0 + r + u * width]);
+            rstd[u] = splat<A>(f.rstd[f0 + r + u * width]);
+            offset[u] = splat<A>(f.offset[f0 + r + u * width]);
+          }
+        },
+        [&](int64_t r, int64_t c, V(&terms)[U][2]) __attribute__((always_inline)) {
+          const int64_t k = r * padded + c, key = r * key_row + c;
           const V cb = get<A>(center_b + key), W = get<A>(W_all + c);
           V sg{}, sgd{}, sgf{}, sd{}, sq{};
 #pragma GCC unroll 8
@@ -852,7 +868,7 @@ struct Block {
             __builtin_prefetch(g + (u + U) * slab + k);
             __builtin_prefetch(x + (u + U) * slab + k);
             const V xv = get<A>(x + u * slab + k), gv = get<A>(g + u * slab + k);
-            const V d = xv - splat<A>(f.center[at + u * width]), gw = gv * W;
+            const V d = xv - center[u], gw = gv * W;
             terms[u][0] = gw;
             terms[u][1] = gw * d;
             sg += gv;
@@ -860,7 +876,7 @@ struct Block {
             sgd += gv * db;
             sd += db;
             sq += db * db;
-            sgf += gv * (d * splat<A>(f.rstd[at + u * width]) + splat<A>(f.offset[at + u * width]));
+            sgf += gv * (d * rstd[u] + offset[u]);
           }
           add_to(sums.g + key, sg);
           add_to(sums.gd + key, sgd);
