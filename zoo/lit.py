@@ -171,6 +171,11 @@ class LitClassifier(pl.LightningModule):
         """Loss and accuracy."""
         self._evaluate(batch, "test")
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The outputs of (inputs..., labels)."""
+        *inputs, _ = batch
+        return self(*inputs)
+
     def _evaluate(self, batch: Batch, stage: str) -> None:
         *inputs, labels = batch
         outputs = self(*inputs)

@@ -211,3 +211,27 @@ def test_bad_arguments() -> None:
         LitClassifier("cnn_bln", optimizer="lamb")
     with pytest.raises(ValueError, match="schedule must be 'triangle' or 'constant', got 'step'"):
         LitClassifier("cnn_bln", schedule="step")
+
+
+def test_predictions_are_those_of_the_test_data() -> None:
+    model, data = module(), Digits("sequences", eval_batch_size=70)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    outputs = pl.Trainer(**quiet).predict(model, datamodule=data)
+    assert [len(part) for part in outputs] == [70, 70, 70, 70, 20]
+    with torch.no_grad():
+        expected = [model.eval()(*batch[:-1]) for batch in data.test_dataloader()]
+    assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
+
+
+def test_a_model_can_be_made_to_overfit(tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Labels(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, _: int) -> None:
+            seen.append(batch[-1])
+
+    run = trainer(tmp_path, Labels(), enable_checkpointing=False, overfit_batches=2, max_epochs=3)
+    with pytest.warns(UserWarning, match="overfit"):
+        run.fit(module(), Digits("sequences"))
+    assert run.global_step == 6
+    assert all(torch.equal(label, seen[i % 2]) for i, label in enumerate(seen))

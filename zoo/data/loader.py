@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 Draw = tuple[int, int]
 """An epoch, and the number of a sample."""
@@ -59,8 +60,38 @@ class EpochSampler(DistributedSampler[Draw]):
             yield self.epoch, int(index)  # type: ignore[call-overload]
 
 
+class GivenOrder(Sampler[Draw]):
+    """Another sampler's numbers, with the epoch, as `EpochSampler` yields its own.
+
+    Args:
+        sampler: Of numbers of samples.
+        seed: Default 0.
+    """
+
+    start = 0
+
+    def __init__(self, sampler: Iterable[int], seed: int = 0) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another epoch begins at its first sample."""
+        if epoch != self.epoch:
+            self.start = 0
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Draw]:
+        start, self.start = self.start, 0
+        for number in itertools.islice(self.sampler, start, None):
+            yield self.epoch, int(number)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+
 class ResumableLoader(DataLoader[Any]):
     """A `torch.utils.data.DataLoader` whose place in an epoch Lightning saves in checkpoints and restores.
+
+    Lightning makes it anew with another sampler (``overfit_batches``) or batch sampler (``trainer.predict``).
 
     Args:
         dataset: Makes whole batches by ``__getitems__`` from (epoch, number) pairs.
@@ -71,12 +102,14 @@ class ResumableLoader(DataLoader[Any]):
         num_workers: Processes that make batches. Default 0: this one.
         rank: Of this process. Default 0.
         world_size: Number of processes, each of which gets its part. Default 1.
+        sampler: Of numbers of samples, instead of the order above. Default None.
+        batch_sampler: Of lists of (epoch, number) pairs, instead of all that. Default None.
     """
 
     def __init__(
         self,
         dataset: BatchSource,
-        batch_size: int,
+        batch_size: int = 1,
         *,
         shuffle: bool = False,
         drop_last: bool = False,
@@ -84,26 +117,36 @@ class ResumableLoader(DataLoader[Any]):
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        sampler: Iterable[int] | None = None,
+        batch_sampler: Any = None,
     ) -> None:
         data: Any = dataset
         seed %= 1 << 32  # DistributedSampler adds the epoch to it
-        sampler = EpochSampler(data, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        order: Any
+        if batch_sampler is not None:
+            order = batch_sampler.sampler
+            batches = {"batch_sampler": batch_sampler}
+        else:
+            if sampler is None:
+                order = EpochSampler(data, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+            else:
+                order = GivenOrder(sampler, seed)
+            batches = {"batch_size": batch_size, "sampler": order, "drop_last": drop_last}
         super().__init__(
             data,
-            batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
+            **batches,
             num_workers=num_workers,
             collate_fn=_as_it_is,
             # Workers' seeds must not be drawn from the global generator, which dropout uses.
             generator=torch.Generator().manual_seed(seed),
             persistent_workers=num_workers > 0,
         )
-        self.epochs = sampler
+        self.epochs = order
         self._batches = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._batches = self.epochs.start // self._size
+        # With a batch sampler of its own there is nothing to resume.
+        self._batches = 0 if self.batch_size is None else self.epochs.start // self._size
         for batch in super().__iter__():
             self._batches += 1
             yield batch

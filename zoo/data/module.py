@@ -53,6 +53,10 @@ class InMemoryDataModule(pl.LightningDataModule):
         """In the order of the data."""
         return self._loader(self.test, self.eval_batch_size)
 
+    def predict_dataloader(self) -> ResumableLoader:
+        """The test data."""
+        return self.test_dataloader()
+
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch.
 
@@ -74,7 +78,7 @@ class InMemoryDataModule(pl.LightningDataModule):
         trainer = self.trainer
         return ResumableLoader(
             data,
-            batch_size,
+            batch_size=batch_size,  # by name, since Lightning replaces it by name
             seed=self.seed,
             num_workers=self.num_workers,
             rank=trainer.global_rank if trainer else 0,

@@ -100,3 +100,12 @@ def test_generators_are_independent_and_the_same_everywhere() -> None:
     drawn = {torch.rand(1, generator=generator_for(0, a, b)).item() for a in range(10) for b in range(10)}
     assert len(drawn) == 100
     assert generator_for(1, 2, 3).initial_seed() == 16416179746454340671
+
+
+def test_an_order_that_is_given() -> None:
+    data = loader(n=6, shuffle=False, sampler=[5, 3, 1, 0, 2])
+    assert batches(data) == [[5, 3, 1, 0], [2]]
+    data.load_state_dict({"epoch": 1, "batches": 1, "seed": 5})
+    assert batches(data) == [[2]]
+    assert batches(data) == [[5, 3, 1, 0], [2]]
+    assert len(data) == 2
