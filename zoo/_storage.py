@@ -39,10 +39,10 @@ def pack_rows(tensors: Mapping[str, Tensor], names: Iterable[str], bits: int) ->
     packed = dict(tensors)
     for name in names:
         rows = packed.pop(name)
-        if rows.ndim != 2 or rows.shape[1] % 8:
+        if rows.ndim != 2 or rows.shape[1] % 8 or not rows.isfinite().all():
             raise ValueError(
-                f"Rows in few bits must be a matrix's, with a multiple of 8 columns, got {name!r} of shape "
-                f"{tuple(rows.shape)}; store it in float16."
+                f"Rows in few bits must be a matrix's of finite numbers, with a multiple of 8 columns, got {name!r} of "
+                f"shape {tuple(rows.shape)}; store it in float16."
             )
         levels = 2**bits - 1
         scale = rows.float().abs().amax(1, keepdim=True) * (2 / levels)
@@ -56,8 +56,10 @@ def pack_rows(tensors: Mapping[str, Tensor], names: Iterable[str], bits: int) ->
 
 def unpack_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The matrices that `pack_rows` packed, in float32, and other tensors as they are."""
-    unpacked = {name: value for name, value in tensors.items() if not name.endswith((CODES, SCALE))}
-    for name in (name.removesuffix(CODES) for name in tensors if name.endswith(CODES)):
+    packed = [name.removesuffix(CODES) for name in tensors if name.endswith(CODES)]
+    parts = {name + suffix for name in packed for suffix in (CODES, SCALE)}
+    unpacked = {name: value for name, value in tensors.items() if name not in parts}
+    for name in packed:
         planes, scale = tensors[name + CODES].numpy(), tensors[name + SCALE]
         codes = np.zeros((planes.shape[1], 8 * planes.shape[2]), np.uint8)
         for bit, plane in enumerate(planes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from zoo._registry import create_model
-from zoo._weights import get_weights
+from zoo._weights import Standardize, get_weights
 
 __all__ = ["Teachers", "distillation_loss"]
 
@@ -19,10 +20,10 @@ class Teachers:
     """Trained models of the zoo whose probabilities are averaged. They never train, and no state_dict has them.
 
     Args:
-        names: ``arch.tag`` of each, of one number of classes, two or more.
+        names: ``arch.tag`` of each, all of the same classes, two or more.
 
     Raises:
-        ValueError: If there are none, or one is not in the zoo, or their numbers of classes differ or are below two.
+        ValueError: If there are none, or one is not in the zoo, or their classes differ or are fewer than two.
 
     Example:
         >>> Teachers(["cnn_bn.digits", "cnn_bln.digits"]).num_classes
@@ -34,22 +35,63 @@ class Teachers:
             raise ValueError(
                 f'Teachers must be a list of names of weights, got {names!r}; pass ["resnet20_bn.cifar10"], say.'
             )
-        self.names = [get_weights(name).name for name in names]
-        classes = {name: int(get_weights(name).metadata["arguments"]["num_classes"]) for name in self.names}
-        self.num_classes = classes[self.names[0]]
-        if len(set(classes.values())) > 1 or self.num_classes < 2:
-            raise ValueError(f"Teachers must have one number of classes, two or more, got {classes}.")
+        self._weights = [get_weights(name) for name in names]
+        self.names = [weights.name for weights in self._weights]
+        self.classes = self._weights[0].metadata["classes"]
+        self.num_classes = int(self._weights[0].metadata["arguments"]["num_classes"])
+        if any(weights.metadata["classes"] != self.classes for weights in self._weights) or self.num_classes < 2:
+            listed = "; ".join(f"{weights.name}: {', '.join(weights.metadata['classes'])}" for weights in self._weights)
+            raise ValueError(
+                f"Teachers must have the same classes, as outputs of two or more, got {listed}; pass weights that were "
+                f"trained on one data set."
+            )
         self._models: list[nn.Module] = []
+
+    def check(self, num_classes: int, data: Any = None) -> None:
+        """Raise ValueError unless they fit a model's number of classes, and the data of a training.
+
+        Args:
+            num_classes: Of the model.
+            data: With ``classes``, ``mean`` and ``std`` as the zoo's data modules have them; what it lacks is not
+                checked. Inputs must be standardised as in the teachers' trainings. Default None.
+        """
+        if self.num_classes != num_classes:
+            raise ValueError(
+                f"Teachers must have as many classes as the model, {num_classes}, got {self.num_classes}; pass "
+                f"num_classes={self.num_classes}, or other teachers."
+            )
+        if list(getattr(data, "classes", None) or self.classes) != list(self.classes):
+            raise ValueError(
+                f"Teachers must have the data's classes, {', '.join(data.classes)}, got {', '.join(self.classes)}; "
+                f"pass weights that were trained on these data."
+            )
+        for weights in self._weights:
+            theirs = weights.transforms()
+            for name in ("mean", "std"):
+                ours, value = getattr(data, name, None), getattr(theirs, name, None)
+                # Parts of one data set differ a little.
+                if (
+                    isinstance(theirs, Standardize)
+                    and isinstance(ours, Tensor)
+                    and (
+                        value is None
+                        or ours.numel() != value.numel()
+                        or (ours.flatten() - value.flatten()).abs().max() > 0.1
+                    )
+                ):
+                    raise ValueError(
+                        f"Inputs must be standardised as in the teachers' trainings, and {weights.name} had another "
+                        f"{name}; give the data module the arguments of its recipe, {weights.metadata['recipe']}."
+                    )
 
     def load_(self, device: torch.device) -> None:
         """Read the models and move them to a device. Convolutions absorb the BatchNorms behind them."""
         self._models = []
-        for name in self.names:
-            arch, _, tag = name.partition(".")
-            model = create_model(arch, weights=tag).eval()
-            if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-                model = fuse(model)
+        for weights in self._weights:
+            model = create_model(weights.arch, weights=weights.tag).eval()
             if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+                if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+                    model = fuse(model)
                 model.to(memory_format=torch.channels_last)
             self._models.append(model.requires_grad_(False).to(device))
 
@@ -57,10 +99,15 @@ class Teachers:
     def probabilities(self, inputs: Sequence[Tensor], temperature: float) -> Tensor:
         """softmax(logits / temperature), averaged over the teachers: (N, num_classes), float32.
 
+        They compute in float32, or as autocast says. Loads them where the inputs are, if that was not done.
+
         Args:
             inputs: The arguments of a model.
             temperature: Above 1 for softer probabilities.
         """
+        if not self._models:
+            self.load_(inputs[0].device)
+        inputs = [value.float() if value.is_floating_point() else value for value in inputs]
         shares = [(model(*inputs).float() / temperature).softmax(1) for model in self._models]
         return torch.stack(shares).mean(0)
 

@@ -49,12 +49,14 @@ class LitClassifier(pl.LightningModule):
         channels_last: Keep image models in this memory format. Default True.
         teachers: Names of weights, such as ["resnet20_bn.cifar10"], whose averaged probabilities on each training batch
             are learned beside the labels, see `zoo.distillation.distillation_loss`. Default None: labels only.
+            Inputs must be standardised as in their trainings; with the zoo's data modules that is checked.
         distillation: The share of the teachers in the loss. Default 0.9.
         temperature: Of the teachers' probabilities. Default 2.
         model_kwargs: More arguments of the model.
 
     Raises:
-        ValueError: If an argument is none of these, or the teachers have other classes.
+        ValueError: If an argument is none of these; when training begins, if the teachers do not fit the model or the
+            data.
 
     Example:
         >>> module = LitClassifier("resnet20_bln", lr=0.2)
@@ -91,13 +93,9 @@ class LitClassifier(pl.LightningModule):
             num_classes = 10
             if weights is not None:
                 num_classes = int(get_weights(f"{model}.{weights}").metadata["arguments"]["num_classes"])
-        self.teachers = None if teachers is None else Teachers(teachers)
-        if self.teachers is not None and self.teachers.num_classes != num_classes:
-            raise ValueError(
-                f"Teachers must have num_classes={num_classes} as the model has, got {self.teachers.num_classes}."
-            )
         self.save_hyperparameters(ignore="weights")
         self.hparams["num_classes"] = num_classes
+        self._teachers: Teachers | None = None
         self.seed = torch.initial_seed()
         self._random_state = torch.get_rng_state()
         arguments = {} if weights is None else {"weights": weights}
@@ -118,8 +116,14 @@ class LitClassifier(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Teachers are needed in training only."""
-        if self.teachers is not None:
-            self.teachers.load_(self.device)
+        if self.hparams["teachers"] is not None:
+            self._teachers = Teachers(self.hparams["teachers"])
+            self._teachers.check(self.hparams["num_classes"], getattr(self.trainer, "datamodule", None))
+            self._teachers.load_(self.device)
+
+    def on_fit_end(self) -> None:
+        """Their memory is free again."""
+        self._teachers = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout of this step: neither what came before nor a break between two steps may change it."""
@@ -146,22 +150,18 @@ class LitClassifier(pl.LightningModule):
         *inputs, labels = batch
         bf16 = self.hparams["bf16"]
         enabled = computes_in_bf16(self.device) if bf16 == "auto" else bool(bf16)
+        taken = self._as_the_model_takes(inputs)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            outputs = self(*inputs)
-            targets = None if self.teachers is None else self._targets(inputs)
+            outputs = self(*taken)
+            teachers, temperature = self._teachers, self.hparams["temperature"]
+            targets = None if teachers is None else teachers.probabilities(taken, temperature)
         outputs = outputs.float()
         if targets is None:
             loss = self.loss(outputs, labels)
         else:
-            loss = distillation_loss(
-                outputs, labels, targets, self.hparams["distillation"], self.hparams["temperature"]
-            )
+            loss = distillation_loss(outputs, labels, targets, self.hparams["distillation"], temperature)
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         return loss
-
-    def _targets(self, inputs: list[Tensor]) -> Tensor:
-        assert self.teachers is not None
-        return self.teachers.probabilities(self._as_the_model_takes(inputs), self.hparams["temperature"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy."""

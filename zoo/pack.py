@@ -35,7 +35,18 @@ from lightning_bln.tuning import score_flags
 from lightning_bln.tuning.table import ScoreTable
 from zoo._registry import create_model
 from zoo._storage import pack_rows
-from zoo._weights import FOLDER, GOLDEN, INPUT, SUFFIX, SUMS, as_float32, check_metadata, checksums, load_tensors_
+from zoo._weights import (
+    FOLDER,
+    GOLDEN,
+    INPUT,
+    SUFFIX,
+    SUMS,
+    as_float32,
+    check_metadata,
+    checksums,
+    get_weights,
+    load_tensors_,
+)
 from zoo.lit import LitClassifier
 
 GOLDEN_SAMPLES = 4
@@ -136,6 +147,8 @@ def pack(
     arguments = {"num_classes": hparams["num_classes"], **(hparams["model_kwargs"] or {})}
     model = create_model(arch, **arguments)
     load_checkpoint_(model, saved["state_dict"])
+    exact = stored_tensors(model, torch.float32, embedding_bits)
+    rounded = stored_tensors(model, torch.float16, embedding_bits)
     search: dict[str, Any] | None = None
     data.setup("validate")
     if flags is None and bln_layers(model):
@@ -144,8 +157,6 @@ def pack(
     chosen = _chosen_flags(model, None if flags == "own" else flags)
 
     # The rounded weights replace the others only if they are as accurate; the test data are for the ones that are kept.
-    exact = stored_tensors(model, torch.float32, embedding_bits)
-    rounded = stored_tensors(model, torch.float16, embedding_bits)
     evaluate = partial(_evaluate, arch, arguments, flags=chosen, data=data)
     metrics, tensors = evaluate("validate", exact), exact
     rounded_metrics = evaluate("validate", rounded)
@@ -185,7 +196,8 @@ def pack(
     # What the weights owe to others.
     began = settings.get("weights")
     metadata |= {"start": f"{arch}.{began}"} if began else {}
-    metadata |= {"teachers": list(settings["teachers"])} if settings.get("teachers") else {}
+    if settings.get("teachers"):
+        metadata["teachers"] = [get_weights(teacher).name for teacher in settings["teachers"]]
     if search is not None:
         metadata["flag_search"] = search
     tensors |= {key: value for key, value in zip(INPUT, (data.mean, data.std), strict=True) if value is not None}
@@ -264,6 +276,11 @@ def stored_tensors(model: nn.Module, dtype: torch.dtype, embedding_bits: int | N
     if embedding_bits is None:
         return stored
     tables = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    if not tables:
+        raise ValueError(
+            f"Bits of embeddings are for models that have some, got {embedding_bits!r} for a {type(model).__name__} "
+            f"without; leave out --embedding-bits."
+        )
     return pack_rows(stored, tables, embedding_bits)
 
 

@@ -95,6 +95,12 @@ using Vec = typename VectorOf<A>::type;
 template <class A>
 constexpr int kLanes = kVectorBytes / int(sizeof(A));
 
+// v where it is finite, else 0.
+template <class A>
+inline Vec<A> finite(Vec<A> v) {
+  return v - v == 0 ? v : Vec<A>{};
+}
+
 // As many values in float64.
 template <class A>
 struct WideOf {
@@ -432,6 +438,10 @@ struct Moments {
   A count = 0, mean = 0, squares = 0;
   void merge(A other_count, A other_mean, A other_squares) {
     if (other_count == 0) return;
+    if (count == 0) {  // below, a mean whose square overflows would be inf * 0
+      *this = {other_count, other_mean, other_squares};
+      return;
+    }
     const A total = count + other_count, delta = other_mean - mean;
     mean += delta * (other_count / total);
     squares += other_squares + delta * delta * (count * (other_count / total));
@@ -536,10 +546,10 @@ constexpr int64_t kPart = 32;
 // Means to values near them that have no finer digits than values a few deviations away, so that those less these are
 // exact; what is left of mean + rest, times -scale, goes to `offset`.
 template <class A>
-BLN_VECTORIZE void to_coarse(A* mean, const A* rest, const A* scale, A* offset, int64_t count, A four_factors) {
+BLN_VECTORIZE void to_coarse(A* mean, const A* rest, const A* scale, A* offset, int64_t count, A factor) {
   for (int64_t i = 0; i < count; ++i) {
     // A scale of 0 is that of an infinite variance, or weight 0.
-    const A far = scale[i] != A(0) ? four_factors / scale[i] : A(0), coarse = (mean[i] + far) - far;
+    const A far = scale[i] != A(0) ? A(4) * (factor / scale[i]) : A(0), coarse = (mean[i] + far) - far;
     offset[i] = ((coarse - mean[i]) - rest[i]) * scale[i];
     mean[i] = coarse;
   }
@@ -755,7 +765,7 @@ struct Block {
 #pragma GCC unroll 8
         for (int u = 0; u < U; ++u) {
 #pragma GCC unroll 8
-          for (int s = 0; s < Sums; ++s) acc[u][s] += real * terms[u][s];
+          for (int s = 0; s < Sums; ++s) acc[u][s] += real != 0 ? terms[u][s] : V{};  // which may be infinite
         }
       }
 #pragma GCC unroll 8
@@ -782,15 +792,16 @@ struct Block {
   template <int U, class Batch>
   void moments_some(const A* x, Batch& batch, const Range& rows, A* mean_f, A* var_f) const {
     const int64_t slab = this->slab, padded = this->padded, width = this->width, key_row = this->key_row;
-    // Around the mean of the first few features.
-    const int64_t near = std::min<int64_t>(p.C, L);
+    // Around the mean of some features, in vectors spread over the row: the first ones alone may be of another kind.
+    const int64_t vectors = p.C / L, some = std::clamp<int64_t>(vectors / 2, 1, 4), apart = std::max<int64_t>(vectors / some, 1);
+    const int64_t near = std::min<int64_t>(p.C, some * L);
     const A inverse = A(1) / A(p.C), inverse_near = A(1) / A(near);
     A shifts[U][L];
     row_sums<U, 1>(
         rows, near, [](int64_t) {},
         [&](int64_t r, int64_t c, V(&terms)[U][1]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) terms[u][0] = get<A>(x + u * slab + r * padded + c);
+          for (int u = 0; u < U; ++u) terms[u][0] = get<A>(x + u * slab + r * padded + c * apart);
         },
         [&](int u, V(&sums)[1]) { put<A>(shifts[u], sums[0] * inverse_near); });
     V shift[U];
@@ -816,7 +827,7 @@ struct Block {
         [&](int u, V(&sums)[2]) {
           const V d = sums[0] * inverse;
           put_rows(mean_f + u * width + rows.begin, get<A>(shifts[u]) + d, rows);
-          put_rows(var_f + u * width + rows.begin, sums[1] * inverse - d * d, rows);
+          put_rows(var_f + u * width + rows.begin, sums[1] * inverse - finite<A>(d * d), rows);
         });
   }
 
@@ -1521,7 +1532,7 @@ class Outside {
   static constexpr int kRows = std::is_same_v<A, double> ? 1 : 2;
   static constexpr int kGradients = std::is_same_v<A, double> ? 1 : 2;
   static constexpr int64_t kFew = 8;   // samples, up to which sums of squares are flushed for every few
-  static constexpr int64_t kNear = 8;  // features whose mean is what a sample's are taken around
+  static constexpr int64_t kNear = 8;  // features, spread over some rows, whose mean is what a sample's are taken around
   template <int I>
   using Int = std::integral_constant<int, I>;
 
@@ -1777,12 +1788,12 @@ class Outside {
   }
 
   template <int N>
-  void begin_features(const View& x, const Span& s, const FeatureSums& f) const {
-    const int64_t near = std::min(kNear, p.C);
+  void begin_features(const View& x, const Span& s, int64_t rows, const FeatureSums& f) const {
+    const int64_t near = std::min(kNear, rows), apart = rows / near * x.row;
     for (int u = 0; u < N; ++u) {
       for (int64_t j = 0; j < s.padded; j += L) {
         V total{};
-        for (int64_t c = 0; c < near; ++c) total += get<A>(x.data + u * x.n + c * x.row + j);
+        for (int64_t c = 0; c < near; ++c) total += get<A>(x.data + u * x.n + c * apart + j);
         put<A>(f.shift + u * s.apart + j, total * (A(1) / A(near)));
       }
     }
@@ -1795,7 +1806,7 @@ class Outside {
     for (int64_t k = 0; k < count; k += L) {
       const V d = get<A>(f.sum + k) * inverse, square = get<A>(f.square + k);
       put<A>(mean + k, get<A>(f.shift + k) + d);
-      put<A>(var + k, square * inverse - d * d);
+      put<A>(var + k, square * inverse - finite<A>(d * d));
     }
   }
 
@@ -1803,7 +1814,7 @@ class Outside {
   template <int N>
   void features(const View& x, const Span& s, const FeatureSums& f, A* mean, A* var) const {
     NoBatch none;
-    begin_features<N>(x, s, f);
+    begin_features<N>(x, s, p.C, f);
     each_rows({0, p.C}, [&](auto rows, int64_t c) { add_moments<N, rows>(x, s, c, none, f); });
     end_features(N * s.apart, f, mean, var);
   }
@@ -1867,7 +1878,7 @@ class Outside {
       each_group(samples, [&](auto count, int64_t n) {
         const View x = read(p.x, s, n, count, rows, room);
         const FeatureSums f = all.at((n - samples.begin) * s.apart);
-        if (first) begin_features<count>(x, s, f);
+        if (first) begin_features<count>(x, s, x.data == room ? rows.end : p.C, f);  // as many as can be read
         batch.begin(count);
         each_rows(rows, [&](auto some, int64_t c) { add_moments<count, some>(x, s, c, batch, f); });
         if ((n - samples.begin + count) % part == 0) batch.flush(rows);
@@ -1919,7 +1930,7 @@ class Outside {
   // The sum of two, rounded, and what rounding took off, exactly (Knuth).
   static std::pair<V, V> exact_sum(V a, V b) {
     const V sum = a + b, added = sum - a;
-    return {sum, (a - (sum - added)) + (b - added)};
+    return {sum, finite<A>((a - (sum - added)) + (b - added))};
   }
 
   // What rounding took off own statistics, for each key; null for nothing.
@@ -1930,9 +1941,9 @@ class Outside {
 
   // A sum of squared deviations of `count` samples to their variance.
   static std::pair<V, V> variance(V squares, V rest, A count) {
-    const Wide<A> exact = (widen<A>(squares) + widen<A>(rest)) * (1.0 / double(count));
+    const Wide<A> exact = (widen<A>(squares) + widen<A>(finite<A>(rest))) * (1.0 / double(count));
     const V var = __builtin_convertvector(exact, V);
-    return {var, __builtin_convertvector(exact - widen<A>(var), V)};
+    return {var, finite<A>(__builtin_convertvector(exact - widen<A>(var), V))};
   }
 
   // Own statistics of all samples over a span, stored.
@@ -1991,7 +2002,8 @@ class Outside {
             const A more = A(part_of(p.N, plan.parts_n, part).size()), share = more / (seen + more);
             const V delta = (get<A>(at) - shift) + get<A>(at + keys) - m;
             m += delta * share;
-            const auto [added, lost_here] = exact_sum(get<A>(at + 2 * keys), delta * delta * (seen * share));
+            const V between = seen > 0 ? delta * delta * (seen * share) : V{};  // the first delta's square may overflow
+            const auto [added, lost_here] = exact_sum(get<A>(at + 2 * keys), between);
             const auto [total, lost_there] = exact_sum(squares, added);
             squares = total;
             lost += lost_here + lost_there;
@@ -2046,7 +2058,7 @@ class Outside {
       } else {
         to_scale(scale_b + k, scale_b + k, s.padded, p.eps, factor);
       }
-      if (offset_b) to_coarse(mean_b + k, rest.mean + k, scale_b + k, offset_b + k, s.padded, A(4 * factor));
+      if (offset_b) to_coarse(mean_b + k, rest.mean + k, scale_b + k, offset_b + k, s.padded, A(factor));
     }
     A *room = take_room(s), *mean_f = task_scratch.take<A>(rows), *rstd_f = task_scratch.take<A>(rows);
     const FeatureSums sums = take_feature_sums(rows);
@@ -2355,8 +2367,8 @@ class Outside {
       weight += widen<A>(only<A>(r, real)) * widen<A>(only<A>(gd, real));
       bias += widen<A>(only<A>(g, real));
       if (sums.rest_g) {
-        weight += widen<A>(only<A>(r * get<A>(sums.rest_gd + k), real));
-        bias += widen<A>(only<A>(get<A>(sums.rest_g + k), real));
+        weight += widen<A>(only<A>(r * finite<A>(get<A>(sums.rest_gd + k)), real));
+        bias += widen<A>(only<A>(finite<A>(get<A>(sums.rest_g + k)), real));
       }
       const V scale = get<A>(terms.scale + k), slope = scale * r * r * gd * var_own;
       put<A>(terms.center + k, center);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import zoo
+from zoo import _weights
 from zoo.data import Digits
 from zoo.distillation import Teachers, distillation_loss
 from zoo.lit import LitClassifier
@@ -29,11 +31,10 @@ def test_teachers_probabilities_are_averaged() -> None:
     torch.testing.assert_close(teachers.probabilities([x], 3.0), expected)
 
 
-def test_teachers_of_sequences() -> None:
-    teachers = Teachers(["gru_ln.digits"])
-    teachers.load_(CPU)
-    inputs, output = zoo.get_weights("gru_ln.digits").golden()
-    torch.testing.assert_close(teachers.probabilities(inputs, 1.0), output.softmax(1))
+@pytest.mark.parametrize("name", ["gru_ln.digits", "gru_bn.digits", "gru_bn.imdb", "resnet20_bn.cifar10"])
+def test_teachers_of_any_kind(name: str) -> None:
+    inputs, output = zoo.get_weights(name).golden()
+    torch.testing.assert_close(Teachers([name]).probabilities(inputs, 1.0), output.softmax(1), atol=1e-5, rtol=1e-5)
 
 
 def test_the_loss_by_its_definition() -> None:
@@ -53,7 +54,9 @@ def test_the_loss_by_its_definition() -> None:
         ([], "Teachers must be a list of names"),
         ("cnn_bn.digits", "Teachers must be a list of names"),
         (["cnn_bn.digit"], "did you mean 'cnn_bn.digits'"),
-        (["cnn_bn.digits", "gru_bn.imdb"], "one number of classes"),
+        (["cnn_bn.digits", "gru_bn.imdb"], "the same classes, as outputs of two or more, got cnn_bn.digits: 0, 1"),
+        (["cnn_bn.digits", "resnet20_bn.cifar10"], "the same classes"),
+        (["paper_lstm_bln.imdb"], "as outputs of two or more"),
     ],
 )
 def test_teachers_that_cannot_be(names: Any, message: str) -> None:
@@ -62,19 +65,44 @@ def test_teachers_that_cannot_be(names: Any, message: str) -> None:
 
 
 def test_arguments_of_the_module() -> None:
-    with pytest.raises(ValueError, match="must have num_classes=3 as the model has, got 10"):
-        LitClassifier("cnn_bln", num_classes=3, teachers=TEACHERS)
     with pytest.raises(ValueError, match="distillation must be from 0 to 1"):
         LitClassifier("cnn_bln", teachers=TEACHERS, distillation=1.5)
     with pytest.raises(ValueError, match="temperature above 0"):
         LitClassifier("cnn_bln", teachers=TEACHERS, temperature=0.0)
 
 
-def fit(folder: Path, **arguments: Any) -> tuple[LitClassifier, pl.Trainer]:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 3, "teachers": TEACHERS}, "as many classes as the model, 3, got 10; pass num_classes=10"),
+        ({"teachers": ["resnet20_bn.cifar10"]}, "the data's classes, 0, 1, .*, got airplane"),
+    ],
+)
+def test_teachers_that_do_not_fit_are_an_error_when_training_begins(
+    arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, **arguments)
+
+
+def test_inputs_must_be_standardised_as_the_teachers_were() -> None:
+    teachers = Teachers(["resnet20_bn.cifar10"])
+    transform = zoo.get_weights("resnet20_bn.cifar10").transforms()
+    data = SimpleNamespace(mean=transform.mean + 0.01, std=transform.std)
+    teachers.check(10, data)
+    data.mean = torch.zeros(3)
+    with pytest.raises(ValueError, match="had another mean; give the data module"):
+        teachers.check(10, data)
+    data.mean = transform.mean.expand(3, 32, 32)
+    with pytest.raises(ValueError, match="had another mean"):
+        teachers.check(10, data)
+
+
+def fit(folder: Path, *, precision: Any = None, **arguments: Any) -> tuple[LitClassifier, pl.Trainer]:
     pl.seed_everything(1)
     module = LitClassifier("cnn_bln", optimizer="adam", lr=1e-2, bf16=False, **arguments)
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=2, default_root_dir=folder, **quiet)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=2, default_root_dir=folder, precision=precision, **quiet)
     trainer.fit(module, Digits())
     return module, trainer
 
@@ -88,6 +116,19 @@ def test_a_student_learns_from_them_alone(tmp_path: Path) -> None:
     assert {name.split(".")[0] for name in saved["state_dict"]} == {"model"}
     assert saved["hyper_parameters"]["teachers"] == TEACHERS
     LitClassifier.load_from_checkpoint(next(tmp_path.rglob("*.ckpt")), weights_only=True)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_a_student_of_another_precision(precision: str, tmp_path: Path) -> None:
+    _, trainer = fit(tmp_path, precision=precision, teachers=TEACHERS)
+    assert float(trainer.callback_metrics["val_accuracy"]) > 0.8
+
+
+def test_a_checkpoint_needs_no_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(tmp_path, teachers=TEACHERS)
+    monkeypatch.setattr(_weights, "FOLDER", tmp_path)
+    module = LitClassifier.load_from_checkpoint(next(tmp_path.rglob("*.ckpt")), weights_only=True)
+    assert module(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_two_trainings_are_the_same_bit_for_bit(tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ def test_embeddings_in_few_bits() -> None:
     rows = model["words"].weight.detach()
     step = 2 * rows.abs().amax(1, keepdim=True) / 15
     assert ((as_float32(stored)["words.weight"] - rows).abs() <= step * 0.5001).all()
+    with pytest.raises(ValueError, match="for a Linear without; leave out --embedding-bits"):
+        pack.stored_tensors(nn.Linear(8, 2), torch.float16, embedding_bits=4)
 
 
 def test_files_are_written_and_listed(folder: Path) -> None:

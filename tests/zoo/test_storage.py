@@ -37,9 +37,9 @@ def test_values_by_hand() -> None:
 
 def test_rows_of_zeros_and_other_tensors() -> None:
     other = torch.arange(3)
-    unpacked = unpack_rows(pack_rows({"table": torch.zeros(2, 8), "other": other}, ["table"], 6))
-    assert unpacked.keys() == {"table", "other"}
-    assert unpacked["other"] is other
+    unpacked = unpack_rows(pack_rows({"table": torch.zeros(2, 8), "other.scale": other}, ["table"], 6))
+    assert unpacked.keys() == {"table", "other.scale"}
+    assert unpacked["other.scale"] is other
     assert torch.equal(unpacked["table"], torch.zeros(2, 8))
 
 
@@ -48,3 +48,5 @@ def test_errors() -> None:
         pack_rows({"table": torch.ones(2, 8)}, ["table"], 9)
     with pytest.raises(ValueError, match=r"multiple of 8 columns, got 'table' of shape \(2, 7\)"):
         pack_rows({"table": torch.ones(2, 7)}, ["table"], 4)
+    with pytest.raises(ValueError, match="finite numbers"):
+        pack_rows({"table": torch.full((2, 8), torch.inf)}, ["table"], 4)
