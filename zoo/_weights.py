@@ -17,7 +17,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from lightning_bln.surgery import bln_layers
-from zoo._storage import unpack_rows
+from zoo._few_bits import unpack_rows
 from zoo.text import PADDING, Tokenizer
 
 FOLDER = Path(__file__).parent / "weights"

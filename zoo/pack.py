@@ -33,8 +33,8 @@ from lightning_bln import StatFlags, set_flags_
 from lightning_bln.surgery import bln_layers
 from lightning_bln.tuning import score_flags
 from lightning_bln.tuning.table import ScoreTable
+from zoo._few_bits import pack_rows
 from zoo._registry import create_model
-from zoo._storage import pack_rows
 from zoo._weights import (
     FOLDER,
     GOLDEN,
@@ -263,7 +263,7 @@ def stored_tensors(model: nn.Module, dtype: torch.dtype, embedding_bits: int | N
     """What a weights file holds of a model: parameters in ``dtype``, buffers as they are, nothing else.
 
     Buffers are the statistics of norms, whose range float16 does not have. Embeddings are packed if they are to have
-    so many bits, see `zoo._storage.pack_rows`.
+    so many bits, see `zoo._few_bits.pack_rows`.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     stored = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zoo._storage import pack_rows, unpack_rows
+from zoo._few_bits import pack_rows, unpack_rows
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
