@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 
-def cifar_tree(folder: Path, train: int = 6, test: int = 2) -> Path:
-    """An ImageFolder tree of two classes, with so many images of each."""
+def cifar_tree(folder: Path, train: int = 6, test: int = 2, classes: Sequence[str] = ("bird", "cat")) -> Path:
+    """An ImageFolder tree, with so many images of each class."""
     random = np.random.default_rng(0)
     for part, count in (("train", train), ("test", test)):
-        for label in ("bird", "cat"):
+        for label in classes:
             images = folder / part / label
             images.mkdir(parents=True)
             for number in range(count):
