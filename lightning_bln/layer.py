@@ -713,8 +713,7 @@ def _check_arguments(
             "feature_population='slot' keeps one statistic for each sample slot and position, so it needs fixed sizes: "
             "got it with statistics='per_channel'; use statistics='per_position' or feature_population='pooled'."
         )
-    if eps <= 0:
-        raise ValueError(f"eps must be above 0, got {eps!r}; the paper's value is 1e-3.")
+    check_eps(eps)
     if not 0 < momentum <= 1:
         raise ValueError(f"momentum is the weight of the new value, above 0 and at most 1, got {momentum!r}; say 0.1.")
     if batch_size is not None and batch_size < 1:

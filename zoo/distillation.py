@@ -67,18 +67,11 @@ class Teachers:
             )
         for weights in self._weights:
             theirs = weights.transforms()
+            if not isinstance(theirs, Standardize):
+                continue
             for name in ("mean", "std"):
-                ours, value = getattr(data, name, None), getattr(theirs, name, None)
-                # Parts of one data set differ a little.
-                if (
-                    isinstance(theirs, Standardize)
-                    and isinstance(ours, Tensor)
-                    and (
-                        value is None
-                        or ours.numel() != value.numel()
-                        or (ours.flatten() - value.flatten()).abs().max() > 0.1
-                    )
-                ):
+                ours = getattr(data, name, None)
+                if isinstance(ours, Tensor) and not _near(ours, getattr(theirs, name)):
                     raise ValueError(
                         f"Inputs must be standardised as in the teachers' trainings, and {weights.name} had another "
                         f"{name}; give the data module the arguments of its recipe, {weights.metadata['recipe']}."
@@ -110,6 +103,11 @@ class Teachers:
         inputs = [value.float() if value.is_floating_point() else value for value in inputs]
         shares = [(model(*inputs).float() / temperature).softmax(1) for model in self._models]
         return torch.stack(shares).mean(0)
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether both may be of one data set: parts of it differ a little."""
+    return one.numel() == other.numel() and bool((one.flatten() - other.flatten()).abs().max() <= 0.1)
 
 
 def distillation_loss(outputs: Tensor, labels: Tensor, targets: Tensor, share: float, temperature: float) -> Tensor:

@@ -463,7 +463,6 @@ struct Problem {
   const A* W = nullptr;             // weight * scale, padded with zeros to whole vectors
   const double* exact_W = nullptr;  // not rounded, for values of which there are few
   const A* bias = nullptr;          // as W
-  const A* real = nullptr;          // 1 for each feature, as W
   Side<A> batch, feature;
   A* grad_weight = nullptr;
   A* grad_bias = nullptr;
@@ -513,13 +512,20 @@ BLN_VECTORIZE void add_all(A* to, const A* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
-// The same, where what the sums lose to rounding is gathered in `rest` (Knuth's exact sum of two).
+// The sum of two, rounded, and what rounding took off, exactly (Knuth); nothing of a sum that is not finite.
 template <class A>
-BLN_VECTORIZE void add_all(A* to, A* rest, const A* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const A sum = to[i] + from[i], added = sum - to[i];
-    rest[i] += (to[i] - (sum - added)) + (from[i] - added);
-    to[i] = sum;
+inline std::pair<Vec<A>, Vec<A>> exact_sum(Vec<A> a, Vec<A> b) {
+  const Vec<A> sum = a + b, added = sum - a;
+  return {sum, finite<A>((a - (sum - added)) + (b - added))};
+}
+
+// Whole vectors, where what the sums lose to rounding is gathered in `rest`.
+template <class A>
+inline void add_all(A* to, A* rest, const A* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<A>) {
+    const auto [sum, lost] = exact_sum<A>(get<A>(to + i), get<A>(from + i));
+    put<A>(to + i, sum);
+    put<A>(rest + i, get<A>(rest + i) + lost);
   }
 }
 
@@ -740,7 +746,6 @@ struct Block {
   void row_sums(const Range& range, int64_t features, const Begin& begin, const Term& term, const Done& done) const {
     const int64_t whole = features / L * L, first = range.begin;
     const int rows = int(range.size()), tail = int(features - whole);
-    const V real = tail ? get<A>(p.real + whole) : V{};
     V sums[U][Sums][L];
     for (int u = 0; u < U; ++u) {
       for (int s = 0; s < Sums; ++s) {
@@ -765,7 +770,7 @@ struct Block {
 #pragma GCC unroll 8
         for (int u = 0; u < U; ++u) {
 #pragma GCC unroll 8
-          for (int s = 0; s < Sums; ++s) acc[u][s] += real != 0 ? terms[u][s] : V{};  // which may be infinite
+          for (int s = 0; s < Sums; ++s) acc[u][s] += only<A>(terms[u][s], tail);
         }
       }
 #pragma GCC unroll 8
@@ -1927,12 +1932,6 @@ class Outside {
     return {{shift, mean, squares, total, rest}, s.padded};
   }
 
-  // The sum of two, rounded, and what rounding took off, exactly (Knuth).
-  static std::pair<V, V> exact_sum(V a, V b) {
-    const V sum = a + b, added = sum - a;
-    return {sum, finite<A>((a - (sum - added)) + (b - added))};
-  }
-
   // What rounding took off own statistics, for each key; null for nothing.
   struct Rest {
     const A *mean = nullptr, *var = nullptr;
@@ -1941,7 +1940,7 @@ class Outside {
 
   // A sum of squared deviations of `count` samples to their variance.
   static std::pair<V, V> variance(V squares, V rest, A count) {
-    const Wide<A> exact = (widen<A>(squares) + widen<A>(finite<A>(rest))) * (1.0 / double(count));
+    const Wide<A> exact = (widen<A>(squares) + widen<A>(rest)) * (1.0 / double(count));
     const V var = __builtin_convertvector(exact, V);
     return {var, finite<A>(__builtin_convertvector(exact - widen<A>(var), V))};
   }
@@ -1953,7 +1952,7 @@ class Outside {
     take(s, {0, p.N}, batch, with_feature);
     A* vars = batch.total ? batch.total : batch.squares;
     for (int64_t k = 0; k < keys; k += L) {
-      const auto [mean, mean_rest] = exact_sum(get<A>(batch.shift + k), get<A>(batch.mean + k));
+      const auto [mean, mean_rest] = exact_sum<A>(get<A>(batch.shift + k), get<A>(batch.mean + k));
       put<A>(batch.mean + k, mean);
       put<A>(batch.shift + k, mean_rest);
       const auto [var, var_rest] = variance(get<A>(vars + k), batch.rest ? get<A>(batch.rest + k) : V{}, A(p.N));
@@ -2003,14 +2002,14 @@ class Outside {
             const V delta = (get<A>(at) - shift) + get<A>(at + keys) - m;
             m += delta * share;
             const V between = seen > 0 ? delta * delta * (seen * share) : V{};  // the first delta's square may overflow
-            const auto [added, lost_here] = exact_sum(get<A>(at + 2 * keys), between);
-            const auto [total, lost_there] = exact_sum(squares, added);
+            const auto [added, lost_here] = exact_sum<A>(get<A>(at + 2 * keys), between);
+            const auto [total, lost_there] = exact_sum<A>(squares, added);
             squares = total;
             lost += lost_here + lost_there;
             if (rests) lost += get<A>(at + 3 * keys);
             seen += more;
           }
-          const auto [sum, mean_rest] = exact_sum(shift, m);
+          const auto [sum, mean_rest] = exact_sum<A>(shift, m);
           const auto [v, var_rest] = variance(squares, lost, seen);
           put<A>(mean + j, sum);
           put<A>(first, mean_rest);
@@ -2367,8 +2366,8 @@ class Outside {
       weight += widen<A>(only<A>(r, real)) * widen<A>(only<A>(gd, real));
       bias += widen<A>(only<A>(g, real));
       if (sums.rest_g) {
-        weight += widen<A>(only<A>(r * finite<A>(get<A>(sums.rest_gd + k)), real));
-        bias += widen<A>(only<A>(finite<A>(get<A>(sums.rest_g + k)), real));
+        weight += widen<A>(only<A>(r * get<A>(sums.rest_gd + k), real));
+        bias += widen<A>(only<A>(get<A>(sums.rest_g + k), real));
       }
       const V scale = get<A>(terms.scale + k), slope = scale * r * r * gd * var_own;
       put<A>(terms.center + k, center);
@@ -2749,9 +2748,6 @@ void set_up(Problem<A>& p, const Format<A>& format, const Input& in, const Optio
     W[c] = A(exact[c]);
   }
   p.exact_W = exact;
-  A* real = call_scratch.take<A>(padded);
-  for (int64_t c = 0; c < padded; ++c) real[c] = c < in.C ? A(1) : A(0);
-  p.real = real;
   p.W = W;
   p.bias = b;
 }

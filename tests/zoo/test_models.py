@@ -43,6 +43,17 @@ def infer(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
     return model.eval()(*inputs)
 
 
+@pytest.mark.parametrize(("family", "size"), [("resnet20", 16), ("cifarnet", 32)])
+def test_a_swapped_twin_equals_the_bln_model(family: str, size: int) -> None:
+    torch.manual_seed(0)
+    model = zoo.create_model(f"{family}_bln")
+    torch.manual_seed(0)
+    swapped = zoo.create_model(f"{family}_bn")
+    swap_norms_(swapped)
+    x = torch.randn(4, 3, size, size)
+    assert torch.equal(model(x), swapped(x))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_and_its_state_is_all_there_is(name: str) -> None:
     model = zoo.create_model(name, num_classes=7)

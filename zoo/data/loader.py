@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 Draw = tuple[int, int]
 """An epoch, and the number of a sample."""
@@ -47,6 +47,8 @@ class EpochSampler(DistributedSampler[Draw]):
 
     start = 0
     """Samples of this epoch to leave out: a resumed run has seen them."""
+    given: Iterable[int] | None = None
+    """Another sampler, whose numbers to yield instead."""
 
     def set_epoch(self, epoch: int) -> None:
         """Another epoch begins at its first sample."""
@@ -56,36 +58,12 @@ class EpochSampler(DistributedSampler[Draw]):
 
     def __iter__(self) -> Iterator[Draw]:
         start, self.start = self.start, 0
-        for index in list(super().__iter__())[start:]:
-            yield self.epoch, int(index)  # type: ignore[call-overload]
-
-
-class GivenOrder(Sampler[Draw]):
-    """Another sampler's numbers, with the epoch, as `EpochSampler` yields its own.
-
-    Args:
-        sampler: Of numbers of samples.
-        seed: Default 0.
-    """
-
-    start = 0
-
-    def __init__(self, sampler: Iterable[int], seed: int = 0) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Another epoch begins at its first sample."""
-        if epoch != self.epoch:
-            self.start = 0
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Draw]:
-        start, self.start = self.start, 0
-        for number in itertools.islice(self.sampler, start, None):
+        numbers: Iterable[Any] = super().__iter__() if self.given is None else self.given
+        for number in itertools.islice(numbers, start, None):
             yield self.epoch, int(number)
 
     def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]
+        return super().__len__() if self.given is None else len(self.given)  # type: ignore[arg-type]
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -127,10 +105,8 @@ class ResumableLoader(DataLoader[Any]):
             order = batch_sampler.sampler
             batches = {"batch_sampler": batch_sampler}
         else:
-            if sampler is None:
-                order = EpochSampler(data, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
-            else:
-                order = GivenOrder(sampler, seed)
+            order = EpochSampler(data, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+            order.given = sampler
             batches = {"batch_size": batch_size, "sampler": order, "drop_last": drop_last}
         super().__init__(
             data,
