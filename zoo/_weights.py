@@ -68,7 +68,7 @@ class Weights:
         metadata: "arguments" of the model, "data", "recipe", "seed", "epochs", "flags" of its BatchLayerNorm layers,
             "metrics" (accuracies from 0 to 1), "classes" in the order of the outputs, "test_batch_size", "parameters",
             "dtype" of the file, "date", "commit" and "torch" of its making, "input"; where there were any, "start",
-            the weights that its training began with, and "teachers".
+            the weights that its training began with, "teachers", and "mirror_teachers", True.
 
     Example:
         >>> weights = zoo.get_weights("resnet20_bln.cifar10")  # doctest: +SKIP

@@ -21,16 +21,18 @@ class Teachers:
 
     Args:
         names: ``arch.tag`` of each, all of the same classes, two or more.
+        mirror: Average over each image and its mirror image too, which costs twice the time. Default False.
 
     Raises:
-        ValueError: If there are none, or one is not in the zoo, or their classes differ or are fewer than two.
+        ValueError: If there are none, or one is not in the zoo, or their classes differ or are fewer than two, or
+            mirrored inputs are not images.
 
     Example:
         >>> Teachers(["cnn_bn.digits", "cnn_bln.digits"]).num_classes
         10
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], mirror: bool = False) -> None:
         if isinstance(names, str) or not names:
             raise ValueError(
                 f'Teachers must be a list of names of weights, got {names!r}; pass ["resnet20_bn.cifar10"], say.'
@@ -45,6 +47,10 @@ class Teachers:
                 f"Teachers must have the same classes, as outputs of two or more, got {listed}; pass weights that were "
                 f"trained on one data set."
             )
+        kinds = {weights.name: weights.metadata["input"]["kind"] for weights in self._weights}
+        if mirror and set(kinds.values()) != {"image"}:
+            raise ValueError(f"Mirrored inputs must be images, got teachers of {kinds}; pass mirror=False.")
+        self.mirror = mirror
         self._models: list[nn.Module] = []
 
     def check(self, num_classes: int, data: Any = None) -> None:
@@ -101,7 +107,8 @@ class Teachers:
         if not self._models:
             self.load_(inputs[0].device)
         inputs = [value.float() if value.is_floating_point() else value for value in inputs]
-        shares = [(model(*inputs).float() / temperature).softmax(1) for model in self._models]
+        views = [inputs, [inputs[0].flip(3)]] if self.mirror else [inputs]
+        shares = [(model(*view).float() / temperature).softmax(1) for view in views for model in self._models]
         return torch.stack(shares).mean(0)
 
 

@@ -50,6 +50,7 @@ class LitClassifier(pl.LightningModule):
         teachers: Names of weights, such as ["resnet20_bn.cifar10"], whose averaged probabilities on each training batch
             are learned beside the labels, see `zoo.distillation.distillation_loss`. Default None: labels only.
             Inputs must be standardised as in their trainings; with the zoo's data modules that is checked.
+        mirror_teachers: Average the teachers' probabilities over each image and its mirror image. Default False.
         distillation: The share of the teachers in the loss. Default 0.9.
         temperature: Of the teachers' probabilities. Default 2.
         model_kwargs: More arguments of the model.
@@ -76,6 +77,7 @@ class LitClassifier(pl.LightningModule):
         bf16: bool | str = "auto",
         channels_last: bool = True,
         teachers: list[str] | None = None,
+        mirror_teachers: bool = False,
         distillation: float = 0.9,
         temperature: float = 2.0,
         model_kwargs: dict[str, Any] | None = None,
@@ -88,6 +90,10 @@ class LitClassifier(pl.LightningModule):
         if not 0 <= distillation <= 1 or not temperature > 0:
             raise ValueError(
                 f"distillation must be from 0 to 1 and temperature above 0, got {distillation!r} and {temperature!r}."
+            )
+        if mirror_teachers and teachers is None:
+            raise ValueError(
+                'mirror_teachers must come with teachers, got none; pass teachers=["resnet20_bn.cifar10"].'
             )
         if num_classes is None:
             num_classes = 10
@@ -117,7 +123,7 @@ class LitClassifier(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Teachers are needed in training only."""
         if self.hparams["teachers"] is not None:
-            self._teachers = Teachers(self.hparams["teachers"])
+            self._teachers = Teachers(self.hparams["teachers"], self.hparams["mirror_teachers"])
             self._teachers.check(self.hparams["num_classes"], getattr(self.trainer, "datamodule", None))
             self._teachers.load_(self.device)
 

@@ -198,6 +198,7 @@ def pack(
     metadata |= {"start": f"{arch}.{began}"} if began else {}
     if settings.get("teachers"):
         metadata["teachers"] = [get_weights(teacher).name for teacher in settings["teachers"]]
+        metadata |= {"mirror_teachers": True} if settings.get("mirror_teachers") else {}
     if search is not None:
         metadata["flag_search"] = search
     tensors |= {key: value for key, value in zip(INPUT, (data.mean, data.std), strict=True) if value is not None}

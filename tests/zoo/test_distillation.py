@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 import zoo
@@ -29,6 +30,17 @@ def test_teachers_probabilities_are_averaged() -> None:
         bn, bln = (zoo.create_model(name.split(".")[0], weights="digits").eval()(x) for name in TEACHERS)
     expected = (torch.softmax(bn / 3, 1) + torch.softmax(bln / 3, 1)) / 2
     torch.testing.assert_close(teachers.probabilities([x], 3.0), expected)
+
+
+def test_teachers_of_images_and_their_mirror_images() -> None:
+    (x,), _ = zoo.get_weights("resnet20_bn.cifar10").golden()
+    plain, mirrored = Teachers(["resnet20_bn.cifar10"]), Teachers(["resnet20_bn.cifar10"], mirror=True)
+    expected = (plain.probabilities([x], 2.0) + plain.probabilities([x.flip(3)], 2.0)) / 2
+    torch.testing.assert_close(mirrored.probabilities([x], 2.0), expected)
+    with pytest.raises(
+        ValueError, match=r"Mirrored inputs must be images, got teachers of \{'gru_ln.digits': 'sequence'"
+    ):
+        Teachers(["gru_ln.digits"], mirror=True)
 
 
 @pytest.mark.parametrize("name", ["gru_ln.digits", "gru_bn.digits", "gru_bn.imdb", "resnet20_bn.cifar10"])
@@ -69,6 +81,8 @@ def test_arguments_of_the_module() -> None:
         LitClassifier("cnn_bln", teachers=TEACHERS, distillation=1.5)
     with pytest.raises(ValueError, match="temperature above 0"):
         LitClassifier("cnn_bln", teachers=TEACHERS, temperature=0.0)
+    with pytest.raises(ValueError, match="mirror_teachers must come with teachers"):
+        LitClassifier("cnn_bln", mirror_teachers=True)
 
 
 @pytest.mark.parametrize(
@@ -98,13 +112,22 @@ def test_inputs_must_be_standardised_as_the_teachers_were() -> None:
         teachers.check(10, data)
 
 
-def fit(folder: Path, *, precision: Any = None, **arguments: Any) -> tuple[LitClassifier, pl.Trainer]:
+def fit(
+    folder: Path, *, precision: Any = None, callbacks: Any = None, ckpt_path: Path | None = None, **arguments: Any
+) -> tuple[LitClassifier, pl.Trainer]:
     pl.seed_everything(1)
     module = LitClassifier("cnn_bln", optimizer="adam", lr=1e-2, bf16=False, **arguments)
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=2, default_root_dir=folder, precision=precision, **quiet)
-    trainer.fit(module, Digits())
+    run: dict[str, Any] = {"default_root_dir": folder, "precision": precision, "callbacks": callbacks, **quiet}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=2, **run)
+    trainer.fit(module, Digits(), ckpt_path=ckpt_path, weights_only=True)
     return module, trainer
+
+
+def assert_same(one: LitClassifier, other: LitClassifier) -> None:
+    for name, value in one.model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other.model.state_dict()[name]), name
 
 
 def test_a_student_learns_from_them_alone(tmp_path: Path) -> None:
@@ -132,7 +155,14 @@ def test_a_checkpoint_needs_no_teachers(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_two_trainings_are_the_same_bit_for_bit(tmp_path: Path) -> None:
-    one, other = (fit(tmp_path / name, teachers=TEACHERS)[0] for name in ("one", "other"))
-    for name, value in one.model.state_dict().items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, other.model.state_dict()[name]), name
+    one, other = (fit(tmp_path / name, teachers=TEACHERS, mirror_teachers=True)[0] for name in ("one", "other"))
+    assert_same(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed run saves no checkpoints
+def test_resumed_in_the_middle_of_an_epoch_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=50, save_top_k=-1)
+    whole, trainer = fit(tmp_path, teachers=TEACHERS, callbacks=every)
+    resumed, rest = fit(tmp_path / "rest", teachers=TEACHERS, ckpt_path=tmp_path / "step=50.ckpt")
+    assert rest.global_step == trainer.global_step == 74
+    assert_same(whole, resumed)
