@@ -37,16 +37,18 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <initializer_list>
 #include <memory>
 #include <new>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#if defined(__F16C__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 #if defined(__linux__)
@@ -128,6 +130,35 @@ inline Vec<A> get(const A* p) {
 template <class A>
 inline void put(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
+}
+
+// To memory past the caches, where p is a multiple of a vector's size; without it, a line is read before it is written.
+template <class A>
+inline void put_past_caches(A* p, Vec<A> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  put<A>(p, v);
+#endif
+}
+
+// A task's stores of that kind are seen by other threads before what it stores next.
+inline void finish_past_caches() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
+// Keeps a compiler from following several addresses around this one in a loop, for which registers are too few.
+template <class T>
+inline void keep_one(T*& p) {
+#if defined(__GNUC__)
+  asm("" : "+r"(p));
+#endif
 }
 
 // The sum over the lanes, by pairwise additions.
@@ -329,6 +360,7 @@ void run_tasks(int64_t tasks, const F& f) {
     for (int64_t i = begin; i < end; ++i) {
       task_scratch.reset();
       f(i);
+      finish_past_caches();
     }
     task_scratch.reset();
   };
@@ -340,14 +372,29 @@ void run_tasks(int64_t tasks, const F& f) {
   }
 }
 
+// Bytes of the caches that a core can use. The kernel's files come first: of some processors sysconf adds up the last
+// caches of all groups of cores.
 struct Caches {
-  int64_t second, third;  // bytes
+  int64_t second, third;
   Caches() : second(512 << 10), third(8 << 20) {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    if (const long size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) second = std::max<int64_t>(size, 256 << 10);
-    if (const long size = sysconf(_SC_LEVEL3_CACHE_SIZE); size > 0) third = size;
+#if defined(__linux__)
+    if (const int64_t size = listed("2"); size > 0) second = std::max<int64_t>(size, 256 << 10);
+    if (const int64_t size = listed("3"); size > 0) third = size;
+#endif
+#if defined(LIGHTNING_BLN_LAST_CACHE)  // of tests, for which small results are large
+    third = LIGHTNING_BLN_LAST_CACHE;
 #endif
   }
+
+ private:
+#if defined(__linux__)
+  static int64_t listed(const std::string& level) {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + level + "/size");
+    int64_t kibibytes = 0;
+    if (file >> kibibytes && file.get() == 'K') return kibibytes << 10;
+    return sysconf(level == "2" ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+  }
+#endif
 };
 
 inline const Caches& caches() {
@@ -454,6 +501,7 @@ struct Problem {
   int64_t N, C, P;
   int64_t sn, sc, sp;  // element strides of x, y and their gradients
   bool per_channel, same_type;  // same_type: x's type is A
+  bool past_caches = false;     // see put_past_caches
   A eps, w_f, w_b, scale;  // scale = 1 / sqrt(C)
   double exact_w_b;
   const char* x = nullptr;
@@ -467,6 +515,16 @@ struct Problem {
   A* grad_weight = nullptr;
   A* grad_bias = nullptr;
   int64_t batch_count() const { return per_channel ? N * P : N; }
+
+  // Where results go. Those that the last cache does not hold beside the input would be gone from it before they are
+  // read; all vectors of them must lie at multiples of their size.
+  void set_out(void* to) {
+    out = static_cast<char*>(to);
+    const int64_t row = sc == 1 ? (P == 1 ? C : sp) : sc;
+    const bool whole = (sc == 1 ? C : P) % kLanes<A> == 0 && row % kLanes<A> == 0 && sn % kLanes<A> == 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
+    past_caches = same_type && whole && aligned && 2 * N * C * P * int64_t(sizeof(A)) > caches().third;
+  }
 
   // Room for own statistics that the backward pass has to take again.
   void take_own_batch(int64_t si, int64_t sp) {
@@ -840,6 +898,7 @@ struct Block {
   void normalise_some(const A* x, const Target out, const A* mean_b, const A* scale_b, const A* mean_f, const A* rstd_f) const {
     const int64_t slab = this->slab, padded = this->padded, width = this->width;
     const A *W_all = p.W, *bias_all = p.bias;
+    const bool past_caches = p.past_caches;
     for (int64_t r = 0; r < width; ++r) {
       const A *keys_mean = mean_b + r * key_row, *keys_scale = scale_b + r * key_row, *row = x + r * padded;
       A* to = out.base + r * out.row;
@@ -854,7 +913,8 @@ struct Block {
 #pragma GCC unroll 8
         for (int u = 0; u < U; ++u) {
           const V value = get<A>(row + u * slab + c);
-          put<A>(to + u * out.n + c, (value - mb) * sb + ((value - mf[u]) * rf[u] * W + bias));
+          const V y = (value - mb) * sb + ((value - mf[u]) * rf[u] * W + bias);
+          past_caches ? put_past_caches<A>(to + u * out.n + c, y) : put<A>(to + u * out.n + c, y);
         }
       }
     }
@@ -912,6 +972,7 @@ struct Block {
     const int64_t slab = this->slab, padded = this->padded, width = this->width, key_row = this->key_row;
     const A* W_all = p.W;
     const A w_f = p.w_f;
+    const bool past_caches = p.past_caches;
     for (int64_t r = 0; r < width; ++r) {
       const int64_t key = r * key_row;
       A* to = out.base + r * out.row;
@@ -930,7 +991,8 @@ struct Block {
 #pragma GCC unroll 8
         for (int u = 0; u < U; ++u) {
           const V xv = get<A>(x + u * slab + r * padded + c), gv = get<A>(g + u * slab + r * padded + c);
-          put<A>(to + u * out.n + c, gv * (sb + rf[u] * W) - (xv - cb) * eb - (xv - cf[u]) * slope[u] - (ob + base[u]));
+          const V dx = gv * (sb + rf[u] * W) - (xv - cb) * eb - (xv - cf[u]) * slope[u] - (ob + base[u]);
+          past_caches ? put_past_caches<A>(to + u * out.n + c, dx) : put<A>(to + u * out.n + c, dx);
         }
       }
     }
@@ -1537,6 +1599,8 @@ class Outside {
   static constexpr int kRows = std::is_same_v<A, double> ? 1 : 2;
   static constexpr int kGradients = std::is_same_v<A, double> ? 1 : 2;
   static constexpr int64_t kFew = 8;   // samples, up to which sums of squares are flushed for every few
+  static constexpr int kStrip = kVectorBytes == 64 ? 2 : 1;  // vectors of positions; there are twice as many registers
+  static constexpr int64_t kPiece = 256;  // positions whose feature statistics the first cache keeps
   static constexpr int64_t kNear = 8;  // features, spread over some rows, whose mean is what a sample's are taken around
   template <int I>
   using Int = std::integral_constant<int, I>;
@@ -1815,13 +1879,59 @@ class Outside {
     }
   }
 
-  // Both of N samples, in one pass.
+  // Both of N samples, in one pass: by strips of so few positions that the sums stay in registers.
   template <int N>
-  void features(const View& x, const Span& s, const FeatureSums& f, A* mean, A* var) const {
-    NoBatch none;
-    begin_features<N>(x, s, p.C, f);
-    each_rows({0, p.C}, [&](auto rows, int64_t c) { add_moments<N, rows>(x, s, c, none, f); });
-    end_features(N * s.apart, f, mean, var);
+  void features(const View& x, const Span& s, A* mean, A* var) const {
+    each_strip(s.padded / L, [&](auto vectors, int64_t j) {
+      features_some<N, vectors>({x.data + j, x.n, x.row}, s.apart, mean + j, var + j);
+    });
+  }
+
+  template <int N, int M>
+  void features_some(const View& x, int64_t apart, A* mean, A* var) const {
+    const int64_t C = p.C, n = x.n, near = std::min(C, std::clamp<int64_t>(C / 8, 4, kNear));
+    V shift[N][M] = {}, sum[N][M] = {}, square[N][M] = {};
+    for (int64_t c = 0; c < near; ++c) {
+      const A* at = x.data + c * (C / near) * x.row;
+      each<N, M>([&](int u, int m) { shift[u][m] += get<A>(at + u * n + m * L); });
+    }
+    each<N, M>([&](int u, int m) { shift[u][m] *= A(1) / A(near); });
+    const A* at = x.data;
+    for (int64_t c = 0; c < C; ++c, at += x.row) {
+      keep_one(at);
+#pragma GCC unroll 8
+      for (int u = 0; u < N; ++u) {
+        __builtin_prefetch(at + u * n + 2 * M * L);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const V d = get<A>(at + u * n + m * L) - shift[u][m];
+          sum[u][m] += d;
+          square[u][m] += d * d;
+        }
+      }
+    }
+    const A inverse = A(1) / A(C);
+    each<N, M>([&](int u, int m) {
+      const V d = sum[u][m] * inverse;
+      put<A>(mean + u * apart + m * L, shift[u][m] + d);
+      put<A>(var + u * apart + m * L, square[u][m] * inverse - finite<A>(d * d));
+    });
+  }
+
+  // f(vectors, first position) for strips of some vectors.
+  template <class F>
+  static void each_strip(int64_t vectors, const F& f) {
+    int64_t i = 0;
+    for (; i + kStrip <= vectors; i += kStrip) f(Int<kStrip>(), i * L);
+    for (; kStrip > 1 && i < vectors; ++i) f(Int<1>(), i * L);
+  }
+  template <int N, int M, class F>
+  static void each(const F& f) {
+#pragma GCC unroll 8
+    for (int u = 0; u < N; ++u) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) f(u, m);
+    }
   }
 
   template <class F>
@@ -2060,13 +2170,12 @@ class Outside {
       if (offset_b) to_coarse(mean_b + k, rest.mean + k, scale_b + k, offset_b + k, s.padded, A(factor));
     }
     A *room = take_room(s), *mean_f = task_scratch.take<A>(rows), *rstd_f = task_scratch.take<A>(rows);
-    const FeatureSums sums = take_feature_sums(rows);
     const bool inline_features = p.feature.own() && !features_known;
     auto group = [&](auto count, int64_t n) {
       const View x = read(p.x, s, n, count, {0, p.C}, room);
       const Range own = {n, n + count};
       if (inline_features) {
-        features<count>(x, s, sums, mean_f, rstd_f);
+        features<count>(x, s, mean_f, rstd_f);
         store_features(s, own, mean_f, rstd_f);
       }
       if (!inline_features || p.feature.mean.data) load_rows(p.feature.used_mean(), own, s, mean_f, s.apart);
@@ -2088,32 +2197,37 @@ class Outside {
   template <int N>
   void normalise_some(const View& x, const Target& out, const Span& s, const A* mean_b, const A* scale_b, const A* offset_b, const A* mean_f, const A* rstd_f) const {
     const int64_t padded = s.padded, apart = s.apart;
+    const bool past_caches = p.past_caches;
     const View from = x;
     const Target to = out;
-    for (int64_t c = 0; c < p.C; ++c) {
-      const V W = splat<A>(p.W[c]), bias = splat<A>(p.bias[c]);
-      const A *row = from.data + c * from.row, *mb = mean_b + c * padded, *sb = scale_b + c * padded;
-      const A* ob = offset_b ? offset_b + c * padded : nullptr;
-      A* y = to.data + c * to.row;
-      auto value = [&](int64_t j, int u, V m, V scale, V offset) {
-        const V v = get<A>(row + u * from.n + j);
-        return (v - m) * scale + ((v - get<A>(mean_f + u * apart + j)) * get<A>(rstd_f + u * apart + j) * W + offset);
-      };
-      int64_t j = 0;
-      for (; j < to.whole * L; j += L) {
-        const V m = get<A>(mb + j), scale = get<A>(sb + j), offset = ob ? bias + get<A>(ob + j) : bias;
-        V values[N];
+    const int64_t whole = to.whole * L;
+    for (int64_t first = 0; first == 0 || first < whole; first += kPiece) {
+      const int64_t end = std::min(first + kPiece, whole);
+      for (int64_t c = 0; c < p.C; ++c) {
+        const V W = splat<A>(p.W[c]), bias = splat<A>(p.bias[c]);
+        const A *row = from.data + c * from.row, *mb = mean_b + c * padded, *sb = scale_b + c * padded;
+        const A* ob = offset_b ? offset_b + c * padded : nullptr;
+        A* y = to.data + c * to.row;
+        auto value = [&](int64_t j, int u, V m, V scale, V offset) {
+          const V v = get<A>(row + u * from.n + j);
+          return (v - m) * scale + ((v - get<A>(mean_f + u * apart + j)) * get<A>(rstd_f + u * apart + j) * W + offset);
+        };
+        int64_t j = first;
+        for (; j < end; j += L) {
+          const V m = get<A>(mb + j), scale = get<A>(sb + j), offset = ob ? bias + get<A>(ob + j) : bias;
+          V values[N];
 #pragma GCC unroll 8
-        for (int u = 0; u < N; ++u) {
-          __builtin_prefetch(row + u * from.n + j + from.row);
-          values[u] = value(j, u, m, scale, offset);
+          for (int u = 0; u < N; ++u) {
+            __builtin_prefetch(row + u * from.n + j + from.row);
+            values[u] = value(j, u, m, scale, offset);
+          }
+#pragma GCC unroll 8
+          for (int u = 0; u < N; ++u) past_caches ? put_past_caches<A>(y + u * to.n + j, values[u]) : put<A>(y + u * to.n + j, values[u]);
         }
-#pragma GCC unroll 8
-        for (int u = 0; u < N; ++u) put<A>(y + u * to.n + j, values[u]);
-      }
-      if (to.tail) {
-        const V offset = ob ? bias + get<A>(ob + j) : bias;
-        for (int u = 0; u < N; ++u) put_part<A>(y + u * to.n + j, value(j, u, get<A>(mb + j), get<A>(sb + j), offset), to.tail);
+        if (end == whole && to.tail) {
+          const V offset = ob ? bias + get<A>(ob + j) : bias;
+          for (int u = 0; u < N; ++u) put_part<A>(y + u * to.n + j, value(j, u, get<A>(mb + j), get<A>(sb + j), offset), to.tail);
+        }
       }
     }
   }
@@ -2278,14 +2392,13 @@ class Outside {
   void reduce_samples(const Span& s, const Range& samples, bool missing_f, Batch& batch, const FeatureTerms& all, int64_t task) {
     const int64_t rows = kSamples * s.apart;
     A *room = take_room(s), *room_g = take_room(s), *used = task_scratch.take<A>(rows), *offsets = task_scratch.take<A>(samples.size() * s.apart);
-    const FeatureSums sums = take_feature_sums(rows);
     each_part(s, [&](const Range& part, bool first, bool last) {
       each_group<kGradients>(samples, [&](auto count, int64_t n) {
         const int64_t at = (n - samples.begin) * s.apart;
         const FeatureTerms f = all.at(at);
         A* offset = offsets + at;
         const View x = read(p.x, s, n, count, first && missing_f ? Range{0, p.C} : part, room);
-        if (first) begin_terms<count>(x, s, n, missing_f, sums, f, offset, used);
+        if (first) begin_terms<count>(x, s, n, missing_f, f, offset, used);
         const View g = read(p.g, s, n, count, part, room_g);
         each_rows(part, [&](auto some, int64_t c) { add_sums<count, some>(x, g, s, c, batch, f, offset, grads_[task].data()); });
         if (last) end_terms(count * s.apart, f, offset);
@@ -2296,11 +2409,11 @@ class Outside {
   }
 
   template <int N>
-  void begin_terms(const View& x, const Span& s, int64_t n, bool missing_f, const FeatureSums& sums, const FeatureTerms& f, A* offset, A* used) const {
+  void begin_terms(const View& x, const Span& s, int64_t n, bool missing_f, const FeatureTerms& f, A* offset, A* used) const {
     const Range own = {n, n + N};
     const int64_t size = N * s.apart;
     if (missing_f) {
-      features<N>(x, s, sums, f.center, f.rstd);
+      features<N>(x, s, f.center, f.rstd);
       if (p.feature.var.data) load_rows(p.feature.var, own, s, f.rstd, s.apart);
     } else {
       load_rows(p.feature.center(), own, s, f.center, s.apart);
@@ -2410,35 +2523,40 @@ class Outside {
   template <int N>
   void differentiate_some(const View& x, const View& g, const Target& out, const Span& s, const BatchTerms& terms, const FeatureTerms& features) const {
     const int64_t padded = s.padded, apart = s.apart;
+    const bool past_caches = p.past_caches;
     const View from = x, gradient = g;
     const Target to = out;
     const FeatureTerms f = features;
-    for (int64_t c = 0; c < p.C; ++c) {
-      const V W = splat<A>(p.W[c] * p.w_f);
-      const A *row = from.data + c * from.row, *row_g = gradient.data + c * gradient.row;
-      const BatchTerms b = shift(terms, c * padded);
-      A* dx = to.data + c * to.row;
-      auto value = [&](int64_t j, int u, V center, V scale, V slope, V offset) {
-        const V xv = get<A>(row + u * from.n + j), gv = get<A>(row_g + u * gradient.n + j);
-        const int64_t k = u * apart + j;
-        return gv * (scale + get<A>(f.rstd + k) * W) - (xv - center) * slope - (xv - get<A>(f.center + k)) * get<A>(f.slope + k) - (offset + get<A>(f.base + k));
-      };
-      int64_t j = 0;
-      for (; j < to.whole * L; j += L) {
-        const V center = get<A>(b.center + j), scale = get<A>(b.scale + j), slope = get<A>(b.slope + j), offset = get<A>(b.offset + j);
-        V values[N];
+    const int64_t whole = to.whole * L;
+    for (int64_t first = 0; first == 0 || first < whole; first += kPiece) {
+      const int64_t end = std::min(first + kPiece, whole);
+      for (int64_t c = 0; c < p.C; ++c) {
+        const V W = splat<A>(p.W[c] * p.w_f);
+        const A *row = from.data + c * from.row, *row_g = gradient.data + c * gradient.row;
+        const BatchTerms b = shift(terms, c * padded);
+        A* dx = to.data + c * to.row;
+        auto value = [&](int64_t j, int u, V center, V scale, V slope, V offset) {
+          const V xv = get<A>(row + u * from.n + j), gv = get<A>(row_g + u * gradient.n + j);
+          const int64_t k = u * apart + j;
+          return gv * (scale + get<A>(f.rstd + k) * W) - (xv - center) * slope - (xv - get<A>(f.center + k)) * get<A>(f.slope + k) - (offset + get<A>(f.base + k));
+        };
+        int64_t j = first;
+        for (; j < end; j += L) {
+          const V center = get<A>(b.center + j), scale = get<A>(b.scale + j), slope = get<A>(b.slope + j), offset = get<A>(b.offset + j);
+          V values[N];
 #pragma GCC unroll 8
-        for (int u = 0; u < N; ++u) {
-          __builtin_prefetch(row + u * from.n + j + from.row);
-          __builtin_prefetch(row_g + u * gradient.n + j + gradient.row);
-          values[u] = value(j, u, center, scale, slope, offset);
+          for (int u = 0; u < N; ++u) {
+            __builtin_prefetch(row + u * from.n + j + from.row);
+            __builtin_prefetch(row_g + u * gradient.n + j + gradient.row);
+            values[u] = value(j, u, center, scale, slope, offset);
+          }
+#pragma GCC unroll 8
+          for (int u = 0; u < N; ++u) past_caches ? put_past_caches<A>(dx + u * to.n + j, values[u]) : put<A>(dx + u * to.n + j, values[u]);
         }
-#pragma GCC unroll 8
-        for (int u = 0; u < N; ++u) put<A>(dx + u * to.n + j, values[u]);
-      }
-      if (to.tail) {
-        const V center = get<A>(b.center + j), scale = get<A>(b.scale + j), slope = get<A>(b.slope + j), offset = get<A>(b.offset + j);
-        for (int u = 0; u < N; ++u) put_part<A>(dx + u * to.n + j, value(j, u, center, scale, slope, offset), to.tail);
+        if (end == whole && to.tail) {
+          const V center = get<A>(b.center + j), scale = get<A>(b.scale + j), slope = get<A>(b.slope + j), offset = get<A>(b.offset + j);
+          for (int u = 0; u < N; ++u) put_part<A>(dx + u * to.n + j, value(j, u, center, scale, slope, offset), to.tail);
+        }
       }
     }
   }
@@ -2856,7 +2974,7 @@ Forward forward_as(const Format<A>& format, const Tensor& x, const Optional& wei
   }
   Problem<A> p{};
   set_up<A>(p, format, in, weight, bias, batch_size, per_channel, eps);
-  p.out = static_cast<char*>(y.mutable_data_ptr());
+  p.set_out(y.mutable_data_ptr());
   Given<A> given;
   p.batch.mean = given.batch(batch_mean, x.dim(), feature_dim);
   p.batch.var = given.batch(batch_var, x.dim(), feature_dim);
@@ -2897,7 +3015,7 @@ Backward backward_as(const Format<A>& format, const Tensor& grad_y, const Tensor
   Problem<A> p{};
   set_up<A>(p, format, in, weight, std::nullopt, batch_size, per_channel, eps);
   p.g = static_cast<const char*>(g.const_data_ptr());
-  p.out = static_cast<char*>(grad_x.mutable_data_ptr());
+  p.set_out(grad_x.mutable_data_ptr());
   p.grad_weight = static_cast<A*>(grad_weight.mutable_data_ptr());
   p.grad_bias = static_cast<A*>(grad_bias.mutable_data_ptr());
   Given<A> given;

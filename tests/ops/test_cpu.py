@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -603,6 +604,29 @@ def libraries(folder: Path) -> list[Path]:
     found = sorted(path for path in folder.iterdir() if path.name != "lock")
     assert [path for path in found if path.suffix == ".sha256"] == [p.with_suffix(".sha256") for p in found[1::2]]
     return found[1::2]
+
+
+BITS = """
+import hashlib, json, torch
+from lightning_bln import BatchLayerNorm
+bits = []
+for shape in ((6, 32, 8, 8), (5, 48, 4, 12), (3, 16, 7, 7), (9, 64), (4, 6, 32)):
+    for memory_format in (torch.contiguous_format, torch.channels_last)[: 1 + (len(shape) == 4)]:
+        torch.manual_seed(0)
+        x = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
+        layer = BatchLayerNorm(shape[1] if len(shape) == 4 else shape[-1], feature_dim=1 if len(shape) == 4 else -1)
+        y = layer(x)
+        found = [y, *torch.autograd.grad(y, [x, *layer.parameters()], torch.randn_like(x)), layer.eval()(x)]
+        bits.append([hashlib.sha256(t.detach().numpy().tobytes()).hexdigest() for t in found])
+print(json.dumps(bits))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_kernel")
+def test_results_that_no_cache_holds_are_the_same(tmp_path: Path) -> None:
+    compiler = shlex.join([*cpu.compiler(), "-DLIGHTNING_BLN_LAST_CACHE=0"])
+    assert answer(start(BITS, tmp_path / "cache", compiler)) == answer(start(BITS, cpu.cache_folder()))
 
 
 @pytest.mark.slow
