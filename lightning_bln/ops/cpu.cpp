@@ -1799,15 +1799,30 @@ class Outside {
   // Moments for each key, over samples.
   struct PerPosition : RunningMoments<A> {
     int64_t padded;
+    bool few;
     void flush(const Range& rows) {
       if (this->total) RunningMoments<A>::flush(rows.begin * padded, rows.size() * padded);
     }
     void begin_row(int) {}
     template <int N>
     void add(int, int64_t c, int64_t at, const V* values) {
-      RunningMoments<A>::template add<N>(c * padded + at, values);
+      few ? add_exactly<N>(c * padded + at, values) : RunningMoments<A>::template add<N>(c * padded + at, values);
     }
     void end_row(int, int64_t) {}
+    // Of few samples the least lucky key has a variance so small that each rounding is seen in y: none in these sums.
+    template <int N>
+    void add_exactly(int64_t k, const V* values) {
+      const V s = get<A>(this->shift + k);
+      Wide<A> d[N], sum{}, spread{};
+      for (int u = 0; u < N; ++u) sum += d[u] = widen<A>(values[u] - s);
+      const Wide<A> m = sum * (1.0 / N), old = widen<A>(get<A>(this->mean + k)), delta = m - old;
+      for (int u = 0; u < N; ++u) spread += (d[u] - m) * (d[u] - m);
+      spread += delta * delta * double(this->weight) + widen<A>(get<A>(this->total + k)) + widen<A>(get<A>(this->rest + k));
+      const V rounded = __builtin_convertvector(spread, V);
+      put<A>(this->mean + k, __builtin_convertvector(old + delta * double(this->share), V));
+      put<A>(this->total + k, rounded);
+      put<A>(this->rest + k, finite<A>(__builtin_convertvector(spread - widen<A>(rounded), V)));
+    }
   };
 
   // Moments for each feature, over samples and positions, around the mean of the first row.
@@ -2039,7 +2054,7 @@ class Outside {
     for (A* array : {mean, squares, total, rest}) {
       if (array) std::fill(array, array + s.keys(p.C), A(0));
     }
-    return {{shift, mean, squares, total, rest}, s.padded};
+    return {{shift, mean, squares, total, rest}, s.padded, p.N <= kFew};
   }
 
   // What rounding took off own statistics, for each key; null for nothing.
