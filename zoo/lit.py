@@ -102,6 +102,7 @@ class LitClassifier(pl.LightningModule):
         self.save_hyperparameters(ignore="weights")
         self.hparams["num_classes"] = num_classes
         self._teachers: Teachers | None = None
+        self._start = weights
         self.seed = torch.initial_seed()
         self._random_state = torch.get_rng_state()
         arguments = {} if weights is None else {"weights": weights}
@@ -144,12 +145,14 @@ class LitClassifier(pl.LightningModule):
         torch.set_rng_state(self._random_state)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The seed, for a run that goes on in another process."""
+        """The seed, for a run that goes on in another process, and the weights that it began with."""
         checkpoint["zoo_seed"] = self.seed
+        checkpoint["zoo_start"] = self._start
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As it was saved."""
         self.seed = checkpoint.get("zoo_seed", self.seed)
+        self._start = checkpoint.get("zoo_start", self._start)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch."""

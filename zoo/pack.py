@@ -123,25 +123,26 @@ def pack(
         The metadata.
 
     Raises:
-        ValueError: If checkpoint, recipe and name are of different models or settings, or layers have other settings
-            than those that `zoo.create_model` makes.
+        ValueError: If checkpoint, recipe and name are of different models, settings, seeds or first weights, or layers
+            have other settings than those that `zoo.create_model` makes.
     """
     arch, _, tag = name.partition(".")
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     hparams = saved["hyper_parameters"]
-    trained = settings["model"]
-    if not tag or not arch == trained == hparams["model"]:
+    if not tag or not arch == settings["model"] == hparams["model"]:
         raise ValueError(
-            f"Name, recipe and checkpoint must be of one model, got the name {name!r}, {trained!r} in the recipe and "
-            f"{hparams['model']!r} in the checkpoint; call for example --name {hparams['model']}.{tag or 'cifar10'}."
+            f"Name, recipe and checkpoint must be of one model, got the name {name!r}, {settings['model']!r} in the "
+            f"recipe and {hparams['model']!r} in the checkpoint; call for example --name "
+            f"{hparams['model']}.{tag or 'cifar10'}."
         )
-    changed = {
-        key: hparams.get(key) for key, value in settings.items() if key != "weights" and hparams.get(key) != value
-    }
+    # What a checkpoint of an older version does not tell is believed.
+    begun = {"weights": saved.get("zoo_start", settings.get("weights")), "seed_everything": saved.get("zoo_seed", seed)}
+    trained, wanted = {**hparams, **begun}, {**settings, "weights": settings.get("weights"), "seed_everything": seed}
+    changed = {key: trained.get(key) for key, value in wanted.items() if trained.get(key) != value}
     if changed:
         raise ValueError(
             f"A checkpoint must be of a training by the recipe, got one with {changed}, where the recipe has "
-            f"{ {key: settings[key] for key in changed} }; train by the recipe, or write a recipe of these settings."
+            f"{ {key: wanted[key] for key in changed} }; train by the recipe, or write a recipe of these settings."
         )
     commit = _commit()
     arguments = {"num_classes": hparams["num_classes"], **(hparams["model_kwargs"] or {})}

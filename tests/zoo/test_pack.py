@@ -81,6 +81,7 @@ def edit(path: Path, change: Any) -> None:
 @pytest.fixture
 def digits(tmp_path: Path) -> tuple[Path, list[str]]:
     """A checkpoint, and what the command is told besides."""
+    pl.seed_everything(3)
     module = LitClassifier("cnn_bln", lr=1e-2, optimizer="adam", model_kwargs={"width": 4})
     checkpoint = train(tmp_path, Digits(), module, epochs=2)
     return checkpoint, [
@@ -322,6 +323,15 @@ def test_a_checkpoint_that_does_not_belong(folder: Path, digits: tuple[Path, lis
     with pytest.raises(ValueError, match="'cnn_ln' in the recipe"):
         pack.main([*arguments, "--name", "cnn_ln.digits"])
     arguments[2] = str(tmp_path / "cnn_bln.yaml")
+    for key, value, message in (
+        ("zoo_seed", 4, "'seed_everything': 4"),
+        ("zoo_start", "digits", "'weights': 'digits'"),
+    ):
+        trained = torch.load(checkpoint, weights_only=True)[key]
+        edit(checkpoint, lambda saved, change={key: value}: saved.update(change))
+        with pytest.raises(ValueError, match=f"got one with {{{message}}}, where the recipe has"):
+            pack.main([*arguments, "--name", NAME])
+        edit(checkpoint, lambda saved, change={key: trained}: saved.update(change))
 
     def change_eps(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"]["model.layers.1._extra_state"]["config"]["eps"] = 0.5
@@ -343,6 +353,7 @@ def test_texts(folder: Path, tmp_path: Path) -> None:
                 (place / f"{number}_1.txt").write_text(f"a {word} film" + " really" * number, encoding="utf-8")
     sizes = {"vocabulary_size": 20, "embedding_size": 8, "hidden_size": 4, "batch_size": 4}
     data = IMDb(str(tmp_path / "aclImdb"), batch_size=4, validation=4)
+    pl.seed_everything(3)
     checkpoint = train(tmp_path, data, LitClassifier("gru_bln", num_classes=2, model_kwargs=sizes))
     arguments = [str(checkpoint), "--recipe", str(recipe(tmp_path, "gru_bln", "IMDb")), "--data-name", "films"]
     arguments += ["--data.root", str(tmp_path / "aclImdb"), "--data.max_tokens", "6", "--data.validation", "4"]
