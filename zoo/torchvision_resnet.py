@@ -20,7 +20,11 @@ CLASSES = {"imagenet": 1000, "cifar": 10}
 
 
 def resnet18(
-    norm: Norm = "bln", num_classes: int | None = None, in_channels: int = 3, stem: str = "imagenet"
+    norm: Norm = "bln",
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    stem: str = "imagenet",
+    statistics: str = "per_position",
 ) -> nn.Module:
     """`torchvision.models.resnet18` with another norm: 11.7 million parameters.
 
@@ -28,12 +32,7 @@ def resnet18(
     paper. The last layer is ``fc``.
 
     `BatchLayerNorm` keeps population statistics for each position: 5 million numbers at 224x224, which hold for images
-    of that size. Statistics per channel take any size, as BatchNorm's do; swap them into the twin that has BatchNorm::
-
-        model = zoo.create_model("resnet18_bn")
-        swap_norms_(model, statistics="per_channel")
-
-    or give ``norm=lambda channels: BatchLayerNorm(channels, statistics="per_channel")``, which starts from weight 1.
+    of that size. Statistics per channel take any size, as BatchNorm's do.
 
     Args:
         norm: "bln" (default), "bn", "ln", "gn", or a callable that takes the number of channels.
@@ -41,35 +40,44 @@ def resnet18(
         in_channels: Default 3.
         stem: "imagenet" (default), a 7x7 convolution of stride 2 and a max pool: 1/4 of the resolution; "cifar", a 3x3
             convolution of stride 1 and no pool.
+        statistics: Of BLN: "per_position" (default, the paper) or "per_channel".
 
     Returns:
         A `torchvision.models.ResNet`.
 
     Raises:
-        ValueError: If ``norm`` or ``stem`` is not known.
+        ValueError: If ``norm``, ``stem`` or ``statistics`` is not known.
 
     Example:
         >>> resnet18(stem="cifar")(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    return _resnet("resnet18", norm, num_classes, in_channels, stem)
+    return _resnet("resnet18", norm, num_classes, in_channels, stem, statistics)
 
 
 def resnet34(
-    norm: Norm = "bln", num_classes: int | None = None, in_channels: int = 3, stem: str = "imagenet"
+    norm: Norm = "bln",
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    stem: str = "imagenet",
+    statistics: str = "per_position",
 ) -> nn.Module:
     """`torchvision.models.resnet34` with another norm: 21.8 million parameters; see `resnet18`."""
-    return _resnet("resnet34", norm, num_classes, in_channels, stem)
+    return _resnet("resnet34", norm, num_classes, in_channels, stem, statistics)
 
 
 def resnet50(
-    norm: Norm = "bln", num_classes: int | None = None, in_channels: int = 3, stem: str = "imagenet"
+    norm: Norm = "bln",
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    stem: str = "imagenet",
+    statistics: str = "per_position",
 ) -> nn.Module:
     """`torchvision.models.resnet50` with another norm: 25.6 million parameters, 2048 features; see `resnet18`."""
-    return _resnet("resnet50", norm, num_classes, in_channels, stem)
+    return _resnet("resnet50", norm, num_classes, in_channels, stem, statistics)
 
 
-def _resnet(name: str, norm: Norm, num_classes: int | None, in_channels: int, stem: str) -> nn.Module:
+def _resnet(name: str, norm: Norm, num_classes: int | None, in_channels: int, stem: str, statistics: str) -> nn.Module:
     from torchvision import models  # importing the zoo stays light
 
     if stem not in CLASSES:
@@ -77,7 +85,7 @@ def _resnet(name: str, norm: Norm, num_classes: int | None, in_channels: int, st
     if num_classes is None:
         num_classes = CLASSES[stem]
     builder: Any = getattr(models, name)
-    model = builder(norm_layer=partial(norm_layer, norm), num_classes=num_classes or 1)
+    model = builder(norm_layer=partial(norm_layer, norm, statistics=statistics), num_classes=num_classes or 1)
     model.classifier = "fc"
     if num_classes == 0:
         model.fc = nn.Identity()

@@ -105,7 +105,7 @@ def test_statistics_per_channel_take_any_size(way: str) -> None:
         model = resnet18("bn", stem="cifar")
         swap_norms_(model, statistics="per_channel")
     else:
-        model = resnet18(lambda channels: BatchLayerNorm(channels, statistics="per_channel"), stem="cifar")
+        model = zoo.create_model("resnet18_cifar_bln", statistics="per_channel")
     model(torch.randn(4, 3, 16, 16))
     model.eval()
     for size in (16, 24):
@@ -117,6 +117,8 @@ def test_bad_arguments() -> None:
         resnet18(stem="deep")
     with pytest.raises(ValueError, match="norm must be one of 'bln'"):
         resnet18("batch")
+    with pytest.raises(ValueError, match="statistics must be 'per_position' or 'per_channel', got 'channel'"):
+        resnet18(statistics="channel")
 
 
 def test_importing_the_zoo_does_not_import_torchvision() -> None:
