@@ -670,6 +670,7 @@ template <class A>
 struct Block {
   using V = Vec<A>;
   static constexpr int L = kLanes<A>;
+  static constexpr int64_t kShort = 8, kNear = 4;  // vectors of a row
 
   const Problem<A>& p;
   int64_t first, width;
@@ -855,9 +856,9 @@ struct Block {
   template <int U, class Batch>
   void moments_some(const A* x, Batch& batch, const Range& rows, A* mean_f, A* var_f) const {
     const int64_t slab = this->slab, padded = this->padded, width = this->width, key_row = this->key_row;
-    // Around the mean of some features, in vectors spread over the row: the first ones alone may be of another kind.
-    const int64_t vectors = p.C / L, some = std::clamp<int64_t>(vectors / 2, 1, 4), apart = std::max<int64_t>(vectors / some, 1);
-    const int64_t near = std::min<int64_t>(p.C, some * L);
+    // Short rows around their mean, others around that of some features, in vectors spread over the row: the first ones
+    // alone may be of another kind.
+    const int64_t vectors = p.C / L, apart = vectors <= kShort ? 1 : vectors / kNear, near = vectors <= kShort ? p.C : kNear * L;
     const A inverse = A(1) / A(p.C), inverse_near = A(1) / A(near);
     A shifts[U][L];
     row_sums<U, 1>(
@@ -868,29 +869,49 @@ struct Block {
         },
         [&](int u, V(&sums)[1]) { put<A>(shifts[u], sums[0] * inverse_near); });
     V shift[U];
-    row_sums<U, 2>(
-        rows, p.C,
-        [&](int64_t r) {
-          if (!key_row) batch.begin(U);
+    auto begin = [&](int64_t r) {
+      if (!key_row) batch.begin(U);
 #pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) shift[u] = splat<A>(shifts[u][r - rows.begin]);
-        },
+      for (int u = 0; u < U; ++u) shift[u] = splat<A>(shifts[u][r - rows.begin]);
+    };
+    auto values_at = [&](int64_t r, int64_t c, V(&values)[U]) __attribute__((always_inline)) {
+      const A* at = x + r * padded + c;
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        __builtin_prefetch(at + (u + U) * slab);
+        values[u] = get<A>(at + u * slab);
+      }
+      batch.template add<U>(r * key_row + c, values);
+    };
+    auto store = [&](int u, V mean, V var) {
+      put_rows(mean_f + u * width + rows.begin, mean, rows);
+      put_rows(var_f + u * width + rows.begin, var, rows);
+    };
+    if (vectors <= kShort) {
+      return row_sums<U, 1>(
+          rows, p.C, begin,
+          [&](int64_t r, int64_t c, V(&terms)[U][1]) __attribute__((always_inline)) {
+            V values[U];
+            values_at(r, c, values);
+#pragma GCC unroll 8
+            for (int u = 0; u < U; ++u) terms[u][0] = (values[u] - shift[u]) * (values[u] - shift[u]);
+          },
+          [&](int u, V(&sums)[1]) { store(u, get<A>(shifts[u]), sums[0] * inverse); });
+    }
+    row_sums<U, 2>(
+        rows, p.C, begin,
         [&](int64_t r, int64_t c, V(&terms)[U][2]) __attribute__((always_inline)) {
           V values[U];
-          const A* at = x + r * padded + c;
+          values_at(r, c, values);
 #pragma GCC unroll 8
           for (int u = 0; u < U; ++u) {
-            __builtin_prefetch(at + (u + U) * slab);
-            values[u] = get<A>(at + u * slab);
             terms[u][0] = values[u] - shift[u];
             terms[u][1] = terms[u][0] * terms[u][0];
           }
-          batch.template add<U>(r * key_row + c, values);
         },
         [&](int u, V(&sums)[2]) {
           const V d = sums[0] * inverse;
-          put_rows(mean_f + u * width + rows.begin, get<A>(shifts[u]) + d, rows);
-          put_rows(var_f + u * width + rows.begin, sums[1] * inverse - finite<A>(d * d), rows);
+          store(u, get<A>(shifts[u]) + d, sums[1] * inverse - finite<A>(d * d));
         });
   }
 
