@@ -168,7 +168,7 @@ class BatchLayerNorm(nn.Module):
         if self.training:
             y = self._forward_training(view, axis, weight, bias)
         else:
-            y, *_ = self._run(view, axis, weight, bias, self._population_for(view, axis))
+            y = library.infer(*self._arguments(view, axis, weight, bias, self._population_for(view, axis)))
         return self._as_given(y, x)
 
     def own_statistics(self, x: Tensor) -> Statistics:
@@ -181,7 +181,7 @@ class BatchLayerNorm(nn.Module):
             All four, with biased variances.
         """
         view, axis = self._as_samples_first(x)
-        return Statistics(*self._run(view, axis, None, None, Population())[1:])
+        return Statistics(*library.run(*self._arguments(view, axis, None, None, Population()))[1:])
 
     def normalize_with(self, x: Tensor, own: Statistics) -> Tensor:
         """What `forward` returns in eval mode, the mini-batch's statistics being known: for several flags on one input.
@@ -198,24 +198,16 @@ class BatchLayerNorm(nn.Module):
         view, axis = self._as_samples_first(x)
         chosen = self._population_for(view, axis)
         given = Population(*(mine if kept is None else kept for mine, kept in zip(own, chosen, strict=True)))
-        y, *_ = self._run(view, axis, *self._affine(view, axis), given)
+        y = library.infer(*self._arguments(view, axis, *self._affine(view, axis), given))
         return self._as_given(y, x)
 
-    def _run(
+    def _arguments(
         self, view: Tensor, axis: int, weight: Tensor | None, bias: Tensor | None, population: Population
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The op itself: all that `batch_layer_norm` would check is checked, at a third of a small input's cost."""
+    ) -> tuple[Any, ...]:
+        """Of the op itself: all that `batch_layer_norm` would check is checked, at a third of a small input's cost."""
         check_eps(self.eps)
-        return library.run(
-            view,
-            weight,
-            bias,
-            *population,
-            _constant(self.nominal_batch_size),
-            axis,
-            self.statistics == "per_channel",
-            self.eps,
-        )
+        batch_size = _constant(self.nominal_batch_size)
+        return view, weight, bias, *population, batch_size, axis, self.statistics == "per_channel", self.eps
 
     def _forward_training(self, x: Tensor, axis: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         batch_size = None if self.batch_size is None else _constant(self.nominal_batch_size)
@@ -298,6 +290,8 @@ class BatchLayerNorm(nn.Module):
                     f"{name} must hold one value for each of the {x.shape[axis]} features, got shape "
                     f"{tuple(vector.shape)}; assign nn.Parameter(torch.ones({x.shape[axis]})), say."
                 )
+        if weight.ndim == 1:  # a view is not for nothing
+            return weight, bias
         return weight.flatten(), None if bias is None else bias.flatten()
 
     def _population_for(self, x: Tensor, axis: int) -> Population:

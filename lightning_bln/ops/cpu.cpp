@@ -2992,17 +2992,18 @@ Tensor as_given(const Tensor& result, const Tensor& x, const Input& in, int64_t 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
+// statistics: own ones are results too; else those of features are kept only where they are needed in between.
 template <class A>
-Forward forward_as(const Format<A>& format, const Tensor& x, const Optional& weight, const Optional& bias, const Optional& batch_mean, const Optional& batch_var,
+Forward forward_as(bool statistics, const Format<A>& format, const Tensor& x, const Optional& weight, const Optional& bias, const Optional& batch_mean, const Optional& batch_var,
                    const Optional& feature_mean, const Optional& feature_var, const Optional& batch_size, int64_t feature_dim, bool per_channel,
                    double eps) {
   call_scratch.reset();
   const Input in(x, feature_dim);
-  const bool own_b = !batch_mean || !batch_var, own_f = !feature_mean || !feature_var;
+  const bool own_b = !batch_mean || !batch_var, own_f = (!feature_mean || !feature_var) && (statistics || own_b);
   BatchOutput<A> own_batch_mean(x, in, feature_dim, per_channel, own_b), own_batch_var(x, in, feature_dim, per_channel, !batch_var);
   const std::vector<int64_t> rows = without(x, feature_dim), none = {0};
   const Tensor own_feature_mean = new_empty<A>(own_f ? rows : none);
-  const Tensor own_feature_var = new_empty<A>(!feature_var ? rows : none);
+  const Tensor own_feature_var = new_empty<A>(own_f && !feature_var ? rows : none);
   const Tensor& y = in.out;
   if (x.numel() == 0) {
     for (Tensor t : {own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var}) torch::stable::zero_(t);
@@ -3027,7 +3028,7 @@ Forward forward_as(const Format<A>& format, const Tensor& x, const Optional& wei
     p.feature.si = in.P;
     p.feature.sp = 1;
   }
-  if (!feature_var) p.feature.own_var = static_cast<A*>(own_feature_var.mutable_data_ptr());
+  if (own_f && !feature_var) p.feature.own_var = static_cast<A*>(own_feature_var.mutable_data_ptr());
   in.features_inside ? run<A, true>(p, false) : run<A, false>(p, false);
   own_batch_mean.finish();
   own_batch_var.finish();
@@ -3097,7 +3098,14 @@ auto with_types(const Tensor& x, const F& f) {
 Forward forward(const Tensor& x, Optional weight, Optional bias, Optional batch_mean, Optional batch_var, Optional feature_mean, Optional feature_var,
                 Optional batch_size, int64_t feature_dim, bool per_channel, double eps) {
   return with_types(x, [&](auto t, auto a) {
-    return forward_as<decltype(a)>(format_of<decltype(t), decltype(a)>(), x, weight, bias, batch_mean, batch_var, feature_mean, feature_var, batch_size, feature_dim, per_channel, eps);
+    return forward_as<decltype(a)>(true, format_of<decltype(t), decltype(a)>(), x, weight, bias, batch_mean, batch_var, feature_mean, feature_var, batch_size, feature_dim, per_channel, eps);
+  });
+}
+
+Tensor infer(const Tensor& x, Optional weight, Optional bias, Optional batch_mean, Optional batch_var, Optional feature_mean, Optional feature_var,
+             Optional batch_size, int64_t feature_dim, bool per_channel, double eps) {
+  return with_types(x, [&](auto t, auto a) {
+    return std::get<0>(forward_as<decltype(a)>(false, format_of<decltype(t), decltype(a)>(), x, weight, bias, batch_mean, batch_var, feature_mean, feature_var, batch_size, feature_dim, per_channel, eps));
   });
 }
 
@@ -3198,6 +3206,7 @@ void accumulate(const Tensor& batch_mean, const Tensor& batch_var, const Tensor&
 #if LIGHTNING_BLN_PART == 0
 STABLE_TORCH_LIBRARY_IMPL(lightning_bln, CPU, m) {
   m.impl("batch_layer_norm", TORCH_BOX(&lightning_bln::forward));
+  m.impl("infer", TORCH_BOX(&lightning_bln::infer));
   m.impl("batch_layer_norm_backward", TORCH_BOX(&lightning_bln::backward));
   m.impl("accumulate_statistics", TORCH_BOX(&lightning_bln::accumulate));
 }

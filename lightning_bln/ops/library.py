@@ -19,6 +19,7 @@ from lightning_bln.ops import cpu, reference
 from lightning_bln.ops.reference import Population, Statistics
 
 FORWARD = "lightning_bln::batch_layer_norm"
+INFER = "lightning_bln::infer"
 BACKWARD = "lightning_bln::batch_layer_norm_backward"
 
 _POPULATION = "Tensor? batch_mean, Tensor? batch_var, Tensor? feature_mean, Tensor? feature_var"
@@ -29,6 +30,8 @@ torch.library.define(
     f"(Tensor x, Tensor? weight, Tensor? bias, {_POPULATION}, {_SETTINGS})"
     " -> (Tensor y, Tensor own_batch_mean, Tensor own_batch_var, Tensor own_feature_mean, Tensor own_feature_var)",
 )
+# y alone, where nothing is recorded: own statistics that nobody asked for take time and memory.
+torch.library.define(INFER, f"(Tensor x, Tensor? weight, Tensor? bias, {_POPULATION}, {_SETTINGS}) -> Tensor")
 torch.library.define(
     BACKWARD,
     "(Tensor grad_y, Tensor x, Tensor? weight, Tensor own_batch_mean, Tensor own_batch_var,"
@@ -161,6 +164,18 @@ def _backward(
     return _like(grad_x, x), grad_weight, grad_bias
 
 
+@torch.library.impl(INFER, "default")
+def _infer(*inputs: Any) -> Tensor:
+    if inputs[0].is_cpu and cpu.load():
+        return torch.ops.lightning_bln.infer(*inputs)
+    return torch.ops.lightning_bln.batch_layer_norm(*inputs)[0]
+
+
+@torch.library.register_fake(INFER)
+def _infer_fake(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 torch.library.impl(FORWARD, "default", func=_forward)
 torch.library.impl(BACKWARD, "default", func=_backward)
 
@@ -278,6 +293,13 @@ def run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Eager.apply(*inputs)
     return _call(torch.ops.lightning_bln.batch_layer_norm.default, *inputs)
+
+
+def infer(*inputs: Any) -> Tensor:
+    """y of `run`."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return run(*inputs)[0]
+    return _call(torch.ops.lightning_bln.infer.default, *inputs)
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

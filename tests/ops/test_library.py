@@ -15,6 +15,7 @@ from lightning_bln import StatFlags, batch_layer_norm
 from lightning_bln.ops.reference import Population
 
 FORWARD = torch.ops.lightning_bln.batch_layer_norm
+INFER = torch.ops.lightning_bln.infer
 BACKWARD = torch.ops.lightning_bln.batch_layer_norm_backward
 TINY = {"N": 3, "C": 2, "T": 2, "D": 2, "H": 2, "W": 1}
 TRAINING = "training"
@@ -83,20 +84,27 @@ class TestGradients:
 
 @pytest.mark.usefixtures("_poisoned_memory")
 class TestOpcheck:
-    """`torch.library.opcheck`: schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes."""
+    """`torch.library.opcheck`: schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes.
+
+    And y alone, by the op for where nothing is recorded, is y.
+    """
 
     @staticmethod
     def check(
         x: torch.Tensor, axis: int, statistics: str, mode: str, *, affine: bool = True, aot: bool = False
     ) -> None:
-        """Both ops; the AOT check, which takes a second, only where asked for."""
+        """All ops; the AOT check, which takes a second, only where asked for."""
         utilities = "ALL" if aot else ("test_schema", "test_autograd_registration", "test_faketensor")
         per_channel = statistics == "per_channel"
         weight, bias = (torch.randn(x.shape[axis], requires_grad=True) if affine else None for _ in range(2))
         rest = (*chosen_population(x, axis, per_channel, mode), torch.tensor(4), axis, per_channel, 1e-3)
         torch.library.opcheck(FORWARD, (x, weight, bias, *rest), test_utils=utilities)
         with torch.no_grad():
-            _, *own = FORWARD(x, weight, bias, *rest)
+            y, *own = FORWARD(x, weight, bias, *rest)
+            alone = INFER(x, weight, bias, *rest)
+            torch.library.opcheck(INFER, (x.detach(), None, None, *rest), test_utils=("test_schema", "test_faketensor"))
+        assert torch.equal(alone, y)
+        assert alone.stride() == y.stride()
         grad_y = torch.randn_like(x).requires_grad_()
         torch.library.opcheck(BACKWARD, (grad_y, x, weight, *own, *rest), test_utils=utilities)
 
