@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -135,10 +136,14 @@ def pack(
             f"recipe and {hparams['model']!r} in the checkpoint; call for example --name "
             f"{hparams['model']}.{tag or 'cifar10'}."
         )
-    # What a checkpoint of an older version does not tell is believed.
-    begun = {"weights": saved.get("zoo_start", settings.get("weights")), "seed_everything": saved.get("zoo_seed", seed)}
-    trained, wanted = {**hparams, **begun}, {**settings, "weights": settings.get("weights"), "seed_everything": seed}
-    changed = {key: trained.get(key) for key, value in wanted.items() if trained.get(key) != value}
+    # What the recipe leaves out has its default. What a checkpoint of an older version does not tell is believed.
+    defaults = {name: each.default for name, each in inspect.signature(LitClassifier).parameters.items()}
+    wanted = {**defaults, **settings, "seed_everything": seed}
+    trained = {**defaults, **hparams, "weights": saved.get("zoo_start", wanted["weights"])}
+    trained["seed_everything"] = saved.get("zoo_seed", seed)
+    if wanted["num_classes"] is None:
+        wanted["num_classes"] = trained["num_classes"]  # of the data
+    changed = {key: trained[key] for key, value in wanted.items() if trained[key] != value}
     if changed:
         raise ValueError(
             f"A checkpoint must be of a training by the recipe, got one with {changed}, where the recipe has "

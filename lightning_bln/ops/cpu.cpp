@@ -392,7 +392,11 @@ struct Caches {
     std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + level + "/size");
     int64_t kibibytes = 0;
     if (file >> kibibytes && file.get() == 'K') return kibibytes << 10;
+#if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)  // not in every C library
     return sysconf(level == "2" ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+#else
+    return 0;
+#endif
   }
 #endif
 };
@@ -857,18 +861,22 @@ struct Block {
   void moments_some(const A* x, Batch& batch, const Range& rows, A* mean_f, A* var_f) const {
     const int64_t slab = this->slab, padded = this->padded, width = this->width, key_row = this->key_row;
     // Short rows around their mean, others around that of some features, in vectors spread over the row: the first ones
-    // alone may be of another kind.
+    // alone may be of another kind. Those means are taken around the first feature, so that they are rounded once.
     const int64_t vectors = p.C / L, apart = vectors <= kShort ? 1 : vectors / kNear, near = vectors <= kShort ? p.C : kNear * L;
     const A inverse = A(1) / A(p.C), inverse_near = A(1) / A(near);
-    A shifts[U][L];
+    A shifts[U][L] = {};
+    V shift[U];
     row_sums<U, 1>(
-        rows, near, [](int64_t) {},
+        rows, near,
+        [&](int64_t r) {
+#pragma GCC unroll 8
+          for (int u = 0; u < U; ++u) shift[u] = splat<A>(shifts[u][r - rows.begin] = x[u * slab + r * padded]);
+        },
         [&](int64_t r, int64_t c, V(&terms)[U][1]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) terms[u][0] = get<A>(x + u * slab + r * padded + c * apart);
+          for (int u = 0; u < U; ++u) terms[u][0] = get<A>(x + u * slab + r * padded + c * apart) - shift[u];
         },
-        [&](int u, V(&sums)[1]) { put<A>(shifts[u], sums[0] * inverse_near); });
-    V shift[U];
+        [&](int u, V(&sums)[1]) { put<A>(shifts[u], get<A>(shifts[u]) + sums[0] * inverse_near); });
     auto begin = [&](int64_t r) {
       if (!key_row) batch.begin(U);
 #pragma GCC unroll 8
@@ -1619,7 +1627,7 @@ class Outside {
   static constexpr int kSamples = std::is_same_v<A, double> ? 1 : 4;
   static constexpr int kRows = std::is_same_v<A, double> ? 1 : 2;
   static constexpr int kGradients = std::is_same_v<A, double> ? 1 : 2;
-  static constexpr int64_t kFew = 8;   // samples, up to which sums of squares are flushed for every few
+  static constexpr int64_t kFew = 8;   // samples, up to which sums of squares are not rounded
   static constexpr int kStrip = kVectorBytes == 64 ? 2 : 1;  // vectors of positions; there are twice as many registers
   static constexpr int64_t kPiece = 256;  // positions whose feature statistics the first cache keeps
   static constexpr int64_t kNear = 8;  // features, spread over some rows, whose mean is what a sample's are taken around
@@ -1822,7 +1830,7 @@ class Outside {
     int64_t padded;
     bool few;
     void flush(const Range& rows) {
-      if (this->total) RunningMoments<A>::flush(rows.begin * padded, rows.size() * padded);
+      if (this->total && !few) RunningMoments<A>::flush(rows.begin * padded, rows.size() * padded);
     }
     void begin_row(int) {}
     template <int N>
@@ -2022,8 +2030,6 @@ class Outside {
   void take(const Span& s, const Range& samples, Batch& batch, bool with_feature) const {
     A* room = take_room(s);
     const FeatureSums all = take_feature_sums(samples.size() * s.apart);
-    // Of few samples, one may be most of a variance.
-    const int64_t part = p.N <= kFew ? kSamples : kPart;
     each_part(s, [&](const Range& rows, bool first, bool last) {
       batch.restart();
       each_group(samples, [&](auto count, int64_t n) {
@@ -2032,30 +2038,27 @@ class Outside {
         if (first) begin_features<count>(x, s, x.data == room ? rows.end : p.C, f);  // as many as can be read
         batch.begin(count);
         each_rows(rows, [&](auto some, int64_t c) { add_moments<count, some>(x, s, c, batch, f); });
-        if ((n - samples.begin + count) % part == 0) batch.flush(rows);
+        if ((n - samples.begin + count) % kPart == 0) batch.flush(rows);
         if (!last || !with_feature || !p.feature.own()) return;
         end_features(count * s.apart, f, f.sum, f.square);
         store_features(s, {n, n + count}, f.sum, f.square);
       });
-      if (samples.size() % part != 0) batch.flush(rows);
+      if (samples.size() % kPart != 0) batch.flush(rows);
     });
   }
 
   // Whether sums over samples are taken in parts: no task has more than one part's else.
   bool in_parts(const Plan& plan) const { return p.N > kPart * plan.parts_n; }
 
-  // Arrays of moments: shift, mean, sum of squared deviations and, where the latter is flushed, what rounding took off it.
-  bool flushes(const Plan& plan) const { return in_parts(plan) || p.N <= kFew; }
-  int64_t moment_arrays(const Plan& plan) const { return flushes(plan) ? 4 : 3; }
+  // Arrays of moments: shift, mean, sum of squared deviations and, in parts or of few samples, what rounding took off it.
+  bool keeps_rests(const Plan& plan) const { return in_parts(plan) || p.N <= kFew; }
+  int64_t moment_arrays(const Plan& plan) const { return keeps_rests(plan) ? 4 : 3; }
 
   // Moments of samples at these arrays of C * padded values, `apart` from each other, around the mean of the first samples.
   PerPosition start(const Plan& plan, const Span& s, const Range& samples, A* arrays, int64_t apart) const {
     A *shift = arrays, *mean = arrays + apart, *total = arrays + 2 * apart, *rest = arrays + 3 * apart, *squares = total;
-    if (flushes(plan)) {
-      squares = task_scratch.take<A>(s.keys(p.C));
-    } else {
-      total = rest = nullptr;
-    }
+    if (in_parts(plan)) squares = task_scratch.take<A>(s.keys(p.C));
+    if (!keeps_rests(plan)) total = rest = nullptr;
     const int64_t near = std::min<int64_t>(4, samples.size());
     const View x = read(p.x, s, samples.begin, near, {0, p.C}, task_scratch.take<A>(near * s.keys(p.C)));
     for (int64_t c = 0; c < p.C; ++c) {
@@ -2123,7 +2126,7 @@ class Outside {
       return {};
     }
     const int64_t keys = all_keys(plan), count = moment_arrays(plan);
-    const bool rests = flushes(plan);
+    const bool rests = keeps_rests(plan);
     A* arrays = call_scratch.take<A>(count * plan.parts_n * keys);
     auto of_part = [&](int64_t part, const Span& s) { return arrays + count * part * keys + place(plan, s); };
     each_span(plan, [&](const Span& s, const Share& own) {

@@ -475,6 +475,18 @@ def test_features_of_two_kinds(C: int, axis: int):
     torch.testing.assert_close(var.double(), x.double().var(axis, unbiased=False), rtol=1e-5, atol=0)
 
 
+@pytest.mark.usefixtures("_kernel")
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("C", [3, 33, 64, 300])
+def test_feature_means_are_rounded_once(C: int, axis: int):
+    x = (torch.randn(2, 40, C) + 100).movedim(2, axis).contiguous()
+    _, _, _, mean, var = FORWARD(x, None, None, *Population(), None, axis, False, EPS)
+    # Half of the last digit of numbers from 64 to 128, and what is lost among the digits below.
+    torch.testing.assert_close(mean.double(), x.double().mean(axis), atol=2.0**-18 + 1e-6, rtol=0)
+    torch.testing.assert_close(var.double(), x.double().var(axis, unbiased=False), rtol=2e-6, atol=1e-9)
+    assert batch_layer_norm(torch.full_like(x, 10.1), feature_dim=axis).count_nonzero() == 0
+
+
 class TestSavedMemory:
     @staticmethod
     def saved_bytes(layer: nn.Module, x: Tensor) -> int:

@@ -34,8 +34,7 @@ trainer:
   max_epochs: 1
 model:
   class_path: zoo.lit.LitClassifier
-  init_args:
-    model: {model}
+  init_args: {arguments}
 data:
   class_path: zoo.data.{data}
   init_args:
@@ -65,9 +64,9 @@ def train(folder: Path, data: pl.LightningDataModule, module: LitClassifier, epo
     return folder / "last.ckpt"
 
 
-def recipe(folder: Path, model: str, data: str) -> Path:
+def recipe(folder: Path, model: str, data: str, **arguments: Any) -> Path:
     path = folder / f"{model}.yaml"
-    path.write_text(RECIPE.format(model=model, data=data))
+    path.write_text(RECIPE.format(arguments=json.dumps({"model": model, **arguments}), data=data))
     return path
 
 
@@ -82,12 +81,12 @@ def edit(path: Path, change: Any) -> None:
 def digits(tmp_path: Path) -> tuple[Path, list[str]]:
     """A checkpoint, and what the command is told besides."""
     pl.seed_everything(3)
-    module = LitClassifier("cnn_bln", lr=1e-2, optimizer="adam", model_kwargs={"width": 4})
-    checkpoint = train(tmp_path, Digits(), module, epochs=2)
+    settings: dict[str, Any] = {"lr": 1e-2, "optimizer": "adam", "model_kwargs": {"width": 4}}
+    checkpoint = train(tmp_path, Digits(), LitClassifier("cnn_bln", **settings), epochs=2)
     return checkpoint, [
         str(checkpoint),
         "--recipe",
-        str(recipe(tmp_path, "cnn_bln", "Digits")),
+        str(recipe(tmp_path, "cnn_bln", "Digits", **settings)),
         "--data-name",
         "digits",
         "--data.eval_batch_size",
@@ -323,15 +322,19 @@ def test_a_checkpoint_that_does_not_belong(folder: Path, digits: tuple[Path, lis
     with pytest.raises(ValueError, match="'cnn_ln' in the recipe"):
         pack.main([*arguments, "--name", "cnn_ln.digits"])
     arguments[2] = str(tmp_path / "cnn_bln.yaml")
-    for key, value, message in (
-        ("zoo_seed", 4, "'seed_everything': 4"),
-        ("zoo_start", "digits", "'weights': 'digits'"),
+    for change, message in (
+        ({"zoo_seed": 4}, "'seed_everything': 4"),
+        ({"zoo_start": "digits"}, "'weights': 'digits'"),
+        ({"hyper_parameters": {"lr": 0.5}}, "'lr': 0.5"),
+        ({"hyper_parameters": {"temperature": 9.0}}, "'temperature': 9.0"),  # of which the recipe says nothing
     ):
-        trained = torch.load(checkpoint, weights_only=True)[key]
-        edit(checkpoint, lambda saved, change={key: value}: saved.update(change))
+        saved = torch.load(checkpoint, weights_only=True)
+        before = {key: saved[key] for key in change}
+        news = {key: {**saved[key], **value} if isinstance(value, dict) else value for key, value in change.items()}
+        edit(checkpoint, lambda saved, news=news: saved.update(news))
         with pytest.raises(ValueError, match=f"got one with {{{message}}}, where the recipe has"):
             pack.main([*arguments, "--name", NAME])
-        edit(checkpoint, lambda saved, change={key: trained}: saved.update(change))
+        edit(checkpoint, lambda saved, before=before: saved.update(before))
 
     def change_eps(checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"]["model.layers.1._extra_state"]["config"]["eps"] = 0.5
@@ -354,8 +357,10 @@ def test_texts(folder: Path, tmp_path: Path) -> None:
     sizes = {"vocabulary_size": 20, "embedding_size": 8, "hidden_size": 4, "batch_size": 4}
     data = IMDb(str(tmp_path / "aclImdb"), batch_size=4, validation=4)
     pl.seed_everything(3)
-    checkpoint = train(tmp_path, data, LitClassifier("gru_bln", num_classes=2, model_kwargs=sizes))
-    arguments = [str(checkpoint), "--recipe", str(recipe(tmp_path, "gru_bln", "IMDb")), "--data-name", "films"]
+    settings: dict[str, Any] = {"num_classes": 2, "model_kwargs": sizes}
+    checkpoint = train(tmp_path, data, LitClassifier("gru_bln", **settings))
+    path = recipe(tmp_path, "gru_bln", "IMDb", **settings)
+    arguments = [str(checkpoint), "--recipe", str(path), "--data-name", "films"]
     arguments += ["--data.root", str(tmp_path / "aclImdb"), "--data.max_tokens", "6", "--data.validation", "4"]
     arguments += ["--out", str(folder)]
     pack.main([*arguments, "--name", "gru_bln.films"])
