@@ -103,6 +103,21 @@ inline Vec<A> finite(Vec<A> v) {
   return v - v == 0 ? v : Vec<A>{};
 }
 
+// A vector of float64 from and to memory of another type.
+template <class A>
+inline Vec<double> get_wide(const A* p) {
+  typedef A Few __attribute__((vector_size(kLanes<double> * sizeof(A))));
+  Few values;
+  std::memcpy(&values, p, sizeof values);
+  return __builtin_convertvector(values, Vec<double>);
+}
+template <class A>
+inline void put_wide(A* p, Vec<double> v) {
+  typedef A Few __attribute__((vector_size(kLanes<double> * sizeof(A))));
+  const Few values = __builtin_convertvector(v, Few);
+  std::memcpy(p, &values, sizeof values);
+}
+
 // As many values in float64.
 template <class A>
 struct WideOf {
@@ -113,6 +128,19 @@ using Wide = typename WideOf<A>::type;
 template <class A>
 inline Wide<A> widen(Vec<A> v) {
   return __builtin_convertvector(v, Wide<A>);
+}
+
+// The same in parts that are vectors of float64: f(part) for each, and part `Part` of v.
+template <class A, class F>
+inline void each_wide_part(const F& f) {
+  f(std::integral_constant<int, 0>());
+  if constexpr (!std::is_same_v<A, double>) f(std::integral_constant<int, 1>());
+}
+template <class A, int Part>
+inline Vec<double> wide_part(Vec<A> v) {
+  A values[kLanes<A>];
+  std::memcpy(values, &v, sizeof v);
+  return get_wide(values + Part * kLanes<double>);
 }
 
 template <class A>
@@ -1842,15 +1870,22 @@ class Outside {
     template <int N>
     void add_exactly(int64_t k, const V* values) {
       const V s = get<A>(this->shift + k);
-      Wide<A> d[N], sum{}, spread{};
-      for (int u = 0; u < N; ++u) sum += d[u] = widen<A>(values[u] - s);
-      const Wide<A> m = sum * (1.0 / N), old = widen<A>(get<A>(this->mean + k)), delta = m - old;
-      for (int u = 0; u < N; ++u) spread += (d[u] - m) * (d[u] - m);
-      spread += delta * delta * double(this->weight) + widen<A>(get<A>(this->total + k)) + widen<A>(get<A>(this->rest + k));
-      const V rounded = __builtin_convertvector(spread, V);
-      put<A>(this->mean + k, __builtin_convertvector(old + delta * double(this->share), V));
-      put<A>(this->total + k, rounded);
-      put<A>(this->rest + k, finite<A>(__builtin_convertvector(spread - widen<A>(rounded), V)));
+      V d[N];
+      for (int u = 0; u < N; ++u) d[u] = values[u] - s;
+      each_wide_part<A>([&](auto part) __attribute__((always_inline)) {
+        using D = Vec<double>;
+        const int64_t at = k + part * kLanes<double>;
+        D wide[N], sum{}, spread{};
+#pragma GCC unroll 8
+        for (int u = 0; u < N; ++u) sum += wide[u] = wide_part<A, part>(d[u]);
+        const D m = sum * (1.0 / N), old = get_wide(this->mean + at), delta = m - old;
+#pragma GCC unroll 8
+        for (int u = 0; u < N; ++u) spread += (wide[u] - m) * (wide[u] - m);
+        spread += delta * delta * double(this->weight) + get_wide(this->total + at) + get_wide(this->rest + at);
+        put_wide(this->mean + at, old + delta * double(this->share));
+        put_wide(this->total + at, spread);
+        put_wide(this->rest + at, finite<double>(spread - get_wide(this->total + at)));
+      });
     }
   };
 
