@@ -1137,7 +1137,7 @@ class Inside {
     const int64_t limit = std::max<int64_t>(caches().second, std::min<int64_t>(caches().third / (2 * threads), 8 << 20));
     plan.fused = may_fuse && p.P >= tasks && row_bytes <= limit;
     if (plan.fused) {
-      plan.width = std::clamp<int64_t>(caches().second * 3 / 4 / row_bytes, 1, std::max<int64_t>(1, 4096 / row));
+      plan.width = std::clamp<int64_t>(caches().second * 3 / 8 / row_bytes, 1, std::max<int64_t>(1, 4096 / row));
       plan.width = ceil_div(p.P, ceil_div(ceil_div(p.P, plan.width), tasks) * tasks);
     } else {
       plan.width = std::clamp<int64_t>(4096 / row, 1, p.P);
