@@ -114,7 +114,7 @@ def _origin(data: dict[str, Any]) -> list[str]:
         lines.append(f"- It began with the weights [{start}]({start}.md).")
     if teachers := data.get("teachers"):
         links = " and ".join(f"[{name}]({name}.md)" for name in teachers)
-        views = ", of images and their mirror images," if data.get("mirror_teachers") else ""
+        views = ", averaged over each image and its mirror image" if data.get("mirror_teachers") else ""
         lines.append(f"- Beside the labels it learned the outputs of {links}{views} (knowledge distillation).")
     return lines
 

@@ -61,6 +61,15 @@ def test_a_card() -> None:
     assert "flags" not in cards.card(other, [other])
 
 
+def test_what_weights_began_with_and_learned_from() -> None:
+    origin = {"start": "cnn_bln.digits", "teachers": ["cnn_bn.digits", "cnn_ln.digits"]}
+    text = cards.card(weights("cnn_bln.digits", metrics=measured(1), **origin), [])
+    assert "- It began with the weights [cnn_bln.digits](cnn_bln.digits.md)." in text
+    assert "the outputs of [cnn_bn.digits](cnn_bn.digits.md) and [cnn_ln.digits](cnn_ln.digits.md) (know" in text
+    text = cards.card(weights("cnn_bln.digits", metrics=measured(1), **origin, mirror_teachers=True), [])
+    assert "(cnn_ln.digits.md), averaged over each image and its mirror image (knowledge distillation)." in text
+
+
 def test_flags_that_are_better_by_more_than_chance() -> None:
     search = {"chosen": "TTTT", "tied": ["TTTT"], "losses": {"TTFF": 0.3, "TTTT": 0.2}}
     text = cards.card(weights("cnn_bln.digits", metrics=measured(1), flags="TTTT", flag_search=search), [])
