@@ -103,6 +103,13 @@ inline Vec<A> finite(Vec<A> v) {
   return v - v == 0 ? v : Vec<A>{};
 }
 
+// Mean and variance of 1 / inverse values, from their sums and sums of squares around a shift.
+template <class A>
+inline std::pair<Vec<A>, Vec<A>> mean_and_variance(Vec<A> shift, Vec<A> sum, Vec<A> square, A inverse) {
+  const Vec<A> d = sum * inverse;
+  return {shift + d, square * inverse - finite<A>(d * d)};
+}
+
 // A vector of float64 from and to memory of another type.
 template <class A>
 inline Vec<double> get_wide(const A* p) {
@@ -160,9 +167,10 @@ inline void put(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-// To memory past the caches, where p is a multiple of a vector's size; without it, a line is read before it is written.
+// To memory; past the caches, where p must be a multiple of a vector's size, no line is read before it is written.
 template <class A>
-inline void put_past_caches(A* p, Vec<A> v) {
+inline void put(A* p, Vec<A> v, bool past_caches) {
+  if (!past_caches) return put<A>(p, v);
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
 #elif defined(__AVX__)
@@ -174,18 +182,10 @@ inline void put_past_caches(A* p, Vec<A> v) {
 #endif
 }
 
-// A task's stores of that kind are seen by other threads before what it stores next.
+// A task's stores past the caches are seen by other threads before what it stores next.
 inline void finish_past_caches() {
 #if defined(__SSE__)
   _mm_sfence();
-#endif
-}
-
-// Keeps a compiler from following several addresses around this one in a loop, for which registers are too few.
-template <class T>
-inline void keep_one(T*& p) {
-#if defined(__GNUC__)
-  asm("" : "+r"(p));
 #endif
 }
 
@@ -533,7 +533,7 @@ struct Problem {
   int64_t N, C, P;
   int64_t sn, sc, sp;  // element strides of x, y and their gradients
   bool per_channel, same_type;  // same_type: x's type is A
-  bool past_caches = false;     // see put_past_caches
+  bool past_caches = false;     // results are stored so, see put
   A eps, w_f, w_b, scale;  // scale = 1 / sqrt(C)
   double exact_w_b;
   const char* x = nullptr;
@@ -946,8 +946,8 @@ struct Block {
           }
         },
         [&](int u, V(&sums)[2]) {
-          const V d = sums[0] * inverse;
-          store(u, get<A>(shifts[u]) + d, sums[1] * inverse - finite<A>(d * d));
+          const auto [mean, var] = mean_and_variance<A>(get<A>(shifts[u]), sums[0], sums[1], inverse);
+          store(u, mean, var);
         });
   }
 
@@ -971,7 +971,7 @@ struct Block {
         for (int u = 0; u < U; ++u) {
           const V value = get<A>(row + u * slab + c);
           const V y = (value - mb) * sb + ((value - mf[u]) * rf[u] * W + bias);
-          past_caches ? put_past_caches<A>(to + u * out.n + c, y) : put<A>(to + u * out.n + c, y);
+          put<A>(to + u * out.n + c, y, past_caches);
         }
       }
     }
@@ -1049,7 +1049,7 @@ struct Block {
         for (int u = 0; u < U; ++u) {
           const V xv = get<A>(x + u * slab + r * padded + c), gv = get<A>(g + u * slab + r * padded + c);
           const V dx = gv * (sb + rf[u] * W) - (xv - cb) * eb - (xv - cf[u]) * slope[u] - (ob + base[u]);
-          past_caches ? put_past_caches<A>(to + u * out.n + c, dx) : put<A>(to + u * out.n + c, dx);
+          put<A>(to + u * out.n + c, dx, past_caches);
         }
       }
     }
@@ -1918,14 +1918,6 @@ class Outside {
     }
   };
 
-  struct NoBatch {
-    void begin(int) {}
-    void begin_row(int) {}
-    template <int N>
-    void add(int, int64_t, int64_t, const V*) {}
-    void end_row(int, int64_t) {}
-  };
-
   // Of each sample and position: the mean of the first features, and sums over the features around it.
   struct FeatureSums {
     A *shift, *sum, *square;
@@ -1952,9 +1944,9 @@ class Outside {
   void end_features(int64_t count, const FeatureSums& f, A* mean, A* var) const {
     const A inverse = A(1) / A(p.C);
     for (int64_t k = 0; k < count; k += L) {
-      const V d = get<A>(f.sum + k) * inverse, square = get<A>(f.square + k);
-      put<A>(mean + k, get<A>(f.shift + k) + d);
-      put<A>(var + k, square * inverse - finite<A>(d * d));
+      const auto [m, v] = mean_and_variance<A>(get<A>(f.shift + k), get<A>(f.sum + k), get<A>(f.square + k), inverse);
+      put<A>(mean + k, m);
+      put<A>(var + k, v);
     }
   }
 
@@ -1977,7 +1969,6 @@ class Outside {
     each<N, M>([&](int u, int m) { shift[u][m] *= A(1) / A(near); });
     const A* at = x.data;
     for (int64_t c = 0; c < C; ++c, at += x.row) {
-      keep_one(at);
 #pragma GCC unroll 8
       for (int u = 0; u < N; ++u) {
         __builtin_prefetch(at + u * n + 2 * M * L);
@@ -1991,9 +1982,9 @@ class Outside {
     }
     const A inverse = A(1) / A(C);
     each<N, M>([&](int u, int m) {
-      const V d = sum[u][m] * inverse;
-      put<A>(mean + u * apart + m * L, shift[u][m] + d);
-      put<A>(var + u * apart + m * L, square[u][m] * inverse - finite<A>(d * d));
+      const auto [own_mean, own_var] = mean_and_variance<A>(shift[u][m], sum[u][m], square[u][m], inverse);
+      put<A>(mean + u * apart + m * L, own_mean);
+      put<A>(var + u * apart + m * L, own_var);
     });
   }
 
@@ -2296,7 +2287,7 @@ class Outside {
             values[u] = value(j, u, m, scale, offset);
           }
 #pragma GCC unroll 8
-          for (int u = 0; u < N; ++u) past_caches ? put_past_caches<A>(y + u * to.n + j, values[u]) : put<A>(y + u * to.n + j, values[u]);
+          for (int u = 0; u < N; ++u) put<A>(y + u * to.n + j, values[u], past_caches);
         }
         if (end == whole && to.tail) {
           const V offset = ob ? bias + get<A>(ob + j) : bias;
@@ -2625,7 +2616,7 @@ class Outside {
             values[u] = value(j, u, center, scale, slope, offset);
           }
 #pragma GCC unroll 8
-          for (int u = 0; u < N; ++u) past_caches ? put_past_caches<A>(dx + u * to.n + j, values[u]) : put<A>(dx + u * to.n + j, values[u]);
+          for (int u = 0; u < N; ++u) put<A>(dx + u * to.n + j, values[u], past_caches);
         }
         if (end == whole && to.tail) {
           const V center = get<A>(b.center + j), scale = get<A>(b.scale + j), slope = get<A>(b.slope + j), offset = get<A>(b.offset + j);
