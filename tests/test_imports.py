@@ -60,7 +60,7 @@ LEVELS = (
     {"layer", "norm_kinds", "swap_report"},
     {"variants"},
     {"surgery"},
-    {"statistics", "checkpoint", "replay", "averaging"},
+    {"statistics", "checkpoint", "replay", "averaging", "optim"},
     {"callback"},
     {"tuning"},
     {"cli"},

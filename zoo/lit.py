@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import Accuracy
 
 from lightning_bln import start_epoch
+from lightning_bln.optim import matched_gain_groups
 from lightning_bln.surgery import bln_layers
 from zoo._registry import create_model
 from zoo._weights import get_weights
@@ -42,6 +43,9 @@ class LitClassifier(pl.LightningModule):
         lr: The highest learning rate. Default 0.1.
         momentum: Of SGD. Default 0.9.
         weight_decay: Default 0: none.
+        matched_gains: The gains of BLN layers, weight / sqrt(C), learn as fast as BatchNorm's, see
+            `lightning_bln.optim.matched_gain_groups`; with one rate for all they would be C times slower with SGD,
+            sqrt(C) times with Adam. Default False.
         schedule: "triangle" (default) or "constant".
         warmup: The share of steps in which the rate rises. Default 0.2.
         bf16: Train under bfloat16 autocast: True, False or "auto" (default), on GPUs and CPUs that compute in it.
@@ -72,6 +76,7 @@ class LitClassifier(pl.LightningModule):
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
+        matched_gains: bool = False,
         schedule: str = "triangle",
         warmup: float = 0.2,
         bf16: bool | str = "auto",
@@ -202,25 +207,28 @@ class LitClassifier(pl.LightningModule):
         return F.cross_entropy(outputs, labels)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Two groups of parameters, one of which decays."""
+        """Weights of layers decay, the rest does not; the gains of BLN layers may have rates of their own."""
         hparams = self.hparams
+        lr = hparams["lr"]
         parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": hparams["weight_decay"]},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
+        if hparams["matched_gains"] and bln_layers(self.model):
+            groups = matched_gain_groups(self.model, groups, lr=lr, adaptive=hparams["optimizer"] == "adam")
         optimizer: torch.optim.Optimizer
         if hparams["optimizer"] == "sgd":
             momentum = hparams["momentum"]
-            optimizer = torch.optim.SGD(groups, lr=hparams["lr"], momentum=momentum, nesterov=momentum > 0)
+            optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
         else:
             # Without a default of its own for groups that are added later, as in fine-tuning.
-            optimizer = torch.optim.AdamW(groups, lr=hparams["lr"], weight_decay=0.0)
+            optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
         if hparams["schedule"] == "constant":
             return optimizer
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            max_lr=hparams["lr"],
+            max_lr=[group["lr"] for group in optimizer.param_groups],
             total_steps=int(self.trainer.estimated_stepping_batches),
             pct_start=hparams["warmup"],
             anneal_strategy="linear",

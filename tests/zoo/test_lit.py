@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_bln import BLNSwap
+from lightning_bln.surgery import bln_layers
 from zoo.data import Digits
 from zoo.lit import LitClassifier, computes_in_bf16
 
@@ -169,6 +170,26 @@ def test_biases_and_norms_do_not_decay(tmp_path: Path) -> None:
     assert all(p.ndim > 1 for p in decayed["params"])
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
     assert optimizer.defaults["nesterov"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_matched_gains_move_as_those_of_batchnorm(optimizer: str) -> None:
+    # One step from the same place: BLN's gain is weight / sqrt(C). Plain SGD; signs in Adam, whose first step is lr.
+    steps = {}
+    for matched in (False, True):
+        torch.manual_seed(0)
+        kwargs = {"optimizer": optimizer, "lr": 0.01, "momentum": 0.0, "schedule": "constant", "bf16": False}
+        module = LitClassifier("cnn_bln", matched_gains=matched, **kwargs).double()
+        chosen: Any = module.configure_optimizers()
+        layers = list(bln_layers(module.model).values())
+        before = [layer.weight.detach().clone() for layer in layers]
+        module.loss(module(torch.randn(16, 1, 8, 8).double()), torch.arange(16) % 10).backward()
+        chosen.step()
+        steps[matched] = [layer.weight.detach() - start for layer, start in zip(layers, before, strict=True)]
+        assert sum(len(group["params"]) for group in chosen.param_groups) == len(list(module.parameters()))
+    for layer, plain, matched_step in zip(layers, steps[False], steps[True], strict=True):
+        scale = layer.num_features if optimizer == "sgd" else layer.num_features**0.5
+        torch.testing.assert_close(matched_step, plain * scale)
 
 
 def test_the_rate_rises_and_falls(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class Images(Dataset[Any]):
             None: images as they are.
         cutout: The side, in pixels, of a square of each image that is set to its channel's mean in training. Default
             0: none.
+        crop_step: Crops begin at multiples of it, in pixels. Default 1: anywhere.
         seed: Of crops, flips and squares, with the epoch and the first image of a batch. Default 0.
     """
 
@@ -36,9 +37,11 @@ class Images(Dataset[Any]):
         *,
         padding: int | None = None,
         cutout: int = 0,
+        crop_step: int = 1,
         seed: int = 0,
     ) -> None:
         self.images, self.labels, self.padding, self.cutout, self.seed = images, labels, padding, cutout, seed
+        self.crop_step = crop_step
         shape = mean.shape if mean.ndim == 3 else (-1, 1, 1)
         self.mean, self.std = mean.reshape(shape), std.reshape(shape)
 
@@ -51,14 +54,14 @@ class Images(Dataset[Any]):
         images = self.images[index]
         generator = generator_for(self.seed, *draws[0])
         if self.padding is not None:
-            images = crop_and_flip(images, self.padding, generator)
+            images = crop_and_flip(images, self.padding, generator, self.crop_step)
         images = images.float().div_(255).sub_(self.mean).div_(self.std)
         if self.cutout:
             cut_out_(images, self.cutout, generator)
         return images, self.labels[index]
 
 
-def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator, step: int = 1) -> Tensor:
     """Each image padded with zeros, cropped to its size at a place of its own, and flipped half of the time.
 
     torchvision's transforms draw one place for a whole batch, and one image at a time is slower than a training step
@@ -68,13 +71,14 @@ def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator) -> T
         images: (N, C, H, W).
         padding: Pixels on each side.
         generator: Decides places and flips.
+        step: Crops begin at multiples of it, in pixels. Default 1: anywhere.
 
     Returns:
         (N, C, H, W).
     """
     n, _, h, w = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
-    top, left = torch.randint(2 * padding + 1, (2, n, 1), generator=generator)
+    top, left = step * torch.randint(2 * padding // step + 1, (2, n, 1), generator=generator)
     rows = top + torch.arange(h)
     columns = left + torch.arange(w)
     flipped = torch.rand(n, generator=generator) < 0.5

@@ -85,3 +85,5 @@ def test_missing_images_and_bad_arguments(tmp_path: Path) -> None:
         module(tmp_path)
     with pytest.raises(ValueError, match="standardize must be 'channel' or 'pixel', got 'no'"):
         CIFAR10(str(tmp_path), standardize="no")
+    with pytest.raises(ValueError, match="crop_step must be a divisor of the padding, 1, 2 or 4 pixels, got 3"):
+        CIFAR10(str(tmp_path), crop_step=3)

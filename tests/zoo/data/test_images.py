@@ -31,6 +31,16 @@ def test_every_result_is_a_crop_of_the_padded_image_flipped_or_not() -> None:
     assert len(places) > 40  # of 5 x 5 x 2, in 200 draws
 
 
+def test_crops_begin_at_multiples_of_a_step() -> None:
+    given = images(200)
+    cropped = crop_and_flip(given, 2, generator_for(0), 2)
+    padded = torch.nn.functional.pad(given, (2, 2, 2, 2))
+    crops = torch.stack([padded[:, :, t : t + 5, w : w + 7] for t in (0, 2, 4) for w in (0, 2, 4)])
+    same = torch.stack([(views == cropped).flatten(2).all(2) for views in (crops, crops.flip(4))]).any(0)
+    assert same.any(0).all()
+    assert same.any(1).all()  # each of the nine places
+
+
 def test_augmentation_depends_on_seed_epoch_and_batch() -> None:
     def batch(seed: int, epoch: int, first: int) -> torch.Tensor:
         data = Images(images(), torch.arange(6), torch.zeros(3), torch.ones(3), padding=2, seed=seed)
