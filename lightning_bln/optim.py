@@ -26,8 +26,8 @@ def matched_gain_groups(
         SGD:        dg = -lr * (dL/dg) / C          BatchNorm's: -lr * dL/dg
         Adam:       dg ~ -lr / sqrt(C)              BatchNorm's: ~ -lr
 
-    so the weights get a rate that is C times as large (``adaptive=True``: sqrt(C) times). That holds whatever they began
-    with, 1 or sqrt(C).
+    so the weights get a rate that is C times as large (``adaptive=True``: sqrt(C) times). That holds whatever they
+    began with, 1 or sqrt(C).
 
     Args:
         model: With the layers; swap first. In a LightningModule's ``configure_optimizers`` `BLNSwap` has.
