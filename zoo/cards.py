@@ -111,7 +111,8 @@ def _origin(data: dict[str, Any]) -> list[str]:
     """The weights that the training began with, and those that it learned from."""
     lines = []
     if start := data.get("start"):
-        lines.append(f"- It began with the weights [{start}]({start}.md).")
+        twin = "" if start.partition(".")[0] == data["arch"] else ", of the same network with other norms"
+        lines.append(f"- It began with the weights [{start}]({start}.md){twin}.")
     if teachers := data.get("teachers"):
         links = " and ".join(f"[{name}]({name}.md)" for name in teachers)
         views = ", averaged over each image and its mirror image" if data.get("mirror_teachers") else ""

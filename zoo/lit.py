@@ -19,6 +19,7 @@ from zoo._registry import create_model
 from zoo._weights import get_weights
 from zoo.data.loader import generator_for
 from zoo.distillation import Teachers, distillation_loss
+from zoo.twins import load_twin_
 
 Batch = tuple[Tensor, ...]
 
@@ -37,7 +38,8 @@ class LitClassifier(pl.LightningModule):
 
     Args:
         model: One of ``zoo.list_models()``.
-        weights: A tag of ``zoo.get_weights(model)`` to start from, such as "cifar10". Default None: a fresh start.
+        weights: What to start from: a tag of the model's own weights, such as "cifar10", or ``arch.tag`` of the same
+            network with other norms, see `zoo.twins.load_twin_`. Default None: a fresh start.
         num_classes: Default None: that of the weights, else 10.
         optimizer: "sgd" (default) or "adam".
         lr: The highest learning rate. Default 0.1.
@@ -100,18 +102,20 @@ class LitClassifier(pl.LightningModule):
             raise ValueError(
                 'mirror_teachers must come with teachers, got none; pass teachers=["resnet20_bn.cifar10"].'
             )
+        # Of the model itself or of its twin.
+        start = None if weights is None else get_weights(weights if "." in weights else f"{model}.{weights}")
         if num_classes is None:
-            num_classes = 10
-            if weights is not None:
-                num_classes = int(get_weights(f"{model}.{weights}").metadata["arguments"]["num_classes"])
+            num_classes = 10 if start is None else int(start.metadata["arguments"]["num_classes"])
         self.save_hyperparameters(ignore="weights")
         self.hparams["num_classes"] = num_classes
         self._teachers: Teachers | None = None
         self._start = weights
         self.seed = torch.initial_seed()
         self._random_state = torch.get_rng_state()
-        arguments = {} if weights is None else {"weights": weights}
-        self.model = create_model(model, num_classes=num_classes, **arguments, **(model_kwargs or {}))
+        own = None if start is None or start.arch != model else start
+        self.model = create_model(model, weights=own, num_classes=num_classes, **(model_kwargs or {}))
+        if start is not None and own is None:
+            load_twin_(self.model, start.name)
         if channels_last and any(isinstance(module, nn.Conv2d) for module in self.model.modules()):
             self.model.to(memory_format=torch.channels_last)
         task: Any = "binary" if num_classes == 1 else "multiclass"

@@ -200,8 +200,8 @@ def pack(
         "input": taken,
     }
     # What the weights owe to others.
-    began = settings.get("weights")
-    metadata |= {"start": f"{arch}.{began}"} if began else {}
+    if began := settings.get("weights"):
+        metadata["start"] = get_weights(began if "." in began else f"{arch}.{began}").name
     if settings.get("teachers"):
         metadata["teachers"] = [get_weights(teacher).name for teacher in settings["teachers"]]
         metadata |= {"mirror_teachers": True} if settings.get("mirror_teachers") else {}

@@ -65,6 +65,10 @@ def test_what_weights_began_with_and_learned_from() -> None:
     origin = {"start": "cnn_bln.digits", "teachers": ["cnn_bn.digits", "cnn_ln.digits"]}
     text = cards.card(weights("cnn_bln.digits", metrics=measured(1), **origin), [])
     assert "- It began with the weights [cnn_bln.digits](cnn_bln.digits.md)." in text
+    twin = cards.card(weights("cnn_ln.digits", metrics=measured(1), start="cnn_bn.digits"), [])
+    assert (
+        "- It began with the weights [cnn_bn.digits](cnn_bn.digits.md), of the same network with other norms." in twin
+    )
     assert "the outputs of [cnn_bn.digits](cnn_bn.digits.md) and [cnn_ln.digits](cnn_ln.digits.md) (know" in text
     text = cards.card(weights("cnn_bln.digits", metrics=measured(1), **origin, mirror_teachers=True), [])
     assert "(cnn_ln.digits.md), averaged over each image and its mirror image (knowledge distillation)." in text

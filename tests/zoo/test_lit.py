@@ -172,24 +172,28 @@ def test_biases_and_norms_do_not_decay(tmp_path: Path) -> None:
     assert optimizer.defaults["nesterov"]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_matched_gains_move_as_those_of_batchnorm(optimizer: str) -> None:
-    # One step from the same place: BLN's gain is weight / sqrt(C). Plain SGD; signs in Adam, whose first step is lr.
-    steps = {}
-    for matched in (False, True):
-        torch.manual_seed(0)
-        kwargs = {"optimizer": optimizer, "lr": 0.01, "momentum": 0.0, "schedule": "constant", "bf16": False}
-        module = LitClassifier("cnn_bln", matched_gains=matched, **kwargs).double()
-        chosen: Any = module.configure_optimizers()
-        layers = list(bln_layers(module.model).values())
-        before = [layer.weight.detach().clone() for layer in layers]
-        module.loss(module(torch.randn(16, 1, 8, 8).double()), torch.arange(16) % 10).backward()
-        chosen.step()
-        steps[matched] = [layer.weight.detach() - start for layer, start in zip(layers, before, strict=True)]
-        assert sum(len(group["params"]) for group in chosen.param_groups) == len(list(module.parameters()))
-    for layer, plain, matched_step in zip(layers, steps[False], steps[True], strict=True):
-        scale = layer.num_features if optimizer == "sgd" else layer.num_features**0.5
-        torch.testing.assert_close(matched_step, plain * scale)
+@pytest.mark.parametrize(("optimizer", "scales"), [("sgd", {1, 32, 64}), ("adam", {1, 32**0.5, 8})])
+def test_matched_gains_have_rates_of_their_own(optimizer: str, scales: set[float], tmp_path: Path) -> None:
+    rates = []
+
+    class Rates(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    settings: dict[str, Any] = {"optimizer": optimizer, "lr": 1e-3, "matched_gains": True}
+    model = LitClassifier("cnn_bln", **settings)
+    fitting = trainer(tmp_path, Rates(), max_epochs=1)
+    fitting.fit(model, Digits())
+    for of_step in rates:
+        lowest = min(of_step)
+        assert {round(rate / lowest, 4) for rate in of_step} == {round(scale, 4) for scale in scales}
+    assert min(max(rates)) == pytest.approx(1e-3, rel=0.1)
+    gains = {id(layer.weight): layer.num_features for layer in bln_layers(model.model).values()}
+    for group in fitting.optimizers[0].param_groups:
+        assert len({gains.get(id(parameter), 1) for parameter in group["params"]}) == 1
+    # There is nothing to match without BLN.
+    plain: Any = LitClassifier("cnn_bn", schedule="constant", matched_gains=True).configure_optimizers()
+    assert {group["lr"] for group in plain.param_groups} == {0.1}
 
 
 def test_the_rate_rises_and_falls(tmp_path: Path) -> None:

@@ -310,6 +310,24 @@ def test_parameters_stay_in_float32_where_rounding_changes_the_accuracy(
     assert torch.equal(tensors["fc.weight"], torch.load(checkpoint, weights_only=True)["state_dict"]["model.fc.weight"])
 
 
+def test_what_a_training_began_with(folder: Path, digits: tuple[Path, list[str]], tmp_path: Path) -> None:
+    _, arguments = digits
+    pack.main([*arguments, "--name", NAME])
+    settings: dict[str, Any] = {"lr": 1e-2, "optimizer": "adam", "weights": NAME, "model_kwargs": {"width": 4}}
+    pl.seed_everything(3)
+    arguments[0] = str(train(tmp_path / "twin", Digits(), LitClassifier("cnn_bn", **settings), epochs=1))
+    arguments[2] = str(recipe(tmp_path, "cnn_bn", "Digits", **settings))
+    pack.main([*arguments, "--name", "cnn_bn.digits"])
+    assert zoo.get_weights("cnn_bn.digits").metadata["start"] == NAME
+    assert "start" not in zoo.get_weights(NAME).metadata
+    settings["weights"] = None
+    arguments[2] = str(recipe(tmp_path, "cnn_bn", "Digits", **settings))
+    with pytest.raises(
+        ValueError, match=f"got one with {{'weights': '{NAME}'}}, where the recipe has {{'weights': None"
+    ):
+        pack.main([*arguments, "--name", "cnn_bn.other"])
+
+
 def test_a_checkpoint_that_does_not_belong(folder: Path, digits: tuple[Path, list[str]], tmp_path: Path) -> None:
     checkpoint, arguments = digits
     with pytest.raises(
