@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,12 @@ def export_program(model: nn.Module, example_inputs: Sequence[Tensor]) -> Export
             f"constant, got {sorted(samples)}; pass [torch.randn(2, 3, 32, 32)], say."
         )
     shapes = tuple({0: Dim.DYNAMIC} for _ in example_inputs)
-    program = torch.export.export(model, tuple(example_inputs), dynamic_shapes=shapes)
+    with warnings.catch_warnings():
+        # torch's own recurrent layers assign a list of their parameters; the program takes the parameters.
+        warnings.filterwarnings(
+            "ignore", r"The tensor attributes? .*_flat_weights.* assigned during export", UserWarning
+        )
+        program = torch.export.export(model, tuple(example_inputs), dynamic_shapes=shapes)
     return program.run_decompositions({torch.ops.lightning_bln.batch_layer_norm.default: _definition})
 
 
@@ -71,16 +77,19 @@ def export_onnx(model: nn.Module, example_inputs: Sequence[Tensor], path: str | 
         >>> export_onnx(model, [torch.randn(2, 3, 32, 32)], "resnet20_bln.onnx")  # doctest: +SKIP
     """
     program = export_program(model, example_inputs)
-    torch.onnx.export(
-        program,
-        f=path,
-        dynamo=True,
-        output_names=["output"],
-        # The program's own name for that size, such as s77, says nothing.
-        dynamic_shapes=tuple({0: "batch"} for _ in example_inputs),
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # All inputs have one name for that axis, on purpose.
+        warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
+        torch.onnx.export(
+            program,
+            f=path,
+            dynamo=True,
+            output_names=["output"],
+            # The program's own name for that size, such as s77, says nothing.
+            dynamic_shapes=tuple({0: "batch"} for _ in example_inputs),
+            external_data=False,
+            verbose=False,
+        )
 
 
 def _definition(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:

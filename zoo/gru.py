@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ class GRUClassifier(nn.Module):
     Padding never enters a state or a statistic: between the layers there are the valid steps of all sequences only, as
     rows (M, C) of a `PackedSequence`, and the norms' batch statistics are taken over them, one for each feature. B of
     BLN's weights 1/B is then the number of sequences, ``batch_size``, and not that of rows.
+
+    `torch.export` (`zoo.export`) takes it in eval mode, for one T and any N and lengths, where batch statistics are the
+    population's; not with BatchNorm inside the gates.
 
     Shapes: tokens (N, T), int64, or features (N, T, embedding_size), padded behind; lengths (N,), int64, at least 1,
     or None: all T; output (N, num_classes).
@@ -95,6 +98,8 @@ class GRUClassifier(nn.Module):
         """Class scores."""
         if lengths is None:
             lengths = torch.full(tokens.shape[:1], tokens.shape[1], device=tokens.device)
+        if torch.compiler.is_exporting():
+            return self._forward_padded(tokens, lengths)
         dims = 3 if isinstance(self.embedding, nn.Identity) else 2
         if (
             tokens.ndim != dims
@@ -118,6 +123,21 @@ class GRUClassifier(nn.Module):
         features = states.sum(1) / lengths.to(states.device, states.dtype).unsqueeze(1)
         return self.fc(F.dropout(features, self.dropout, self.training))
 
+    def _forward_padded(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """As `forward` in eval mode, all sequences to the end: an exported program has no packed sequences.
+
+        What comes behind a sequence's end stays out of its states and of the mean, and out of statistics because none
+        are taken over rows.
+        """
+        x = self.embedding(tokens)
+        for index, layer in enumerate(self.layers):
+            x = _padded_states(layer, x, lengths)
+            if self.norms:
+                x = _of_population(self.norms[index])(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        behind = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
+        features = x.masked_fill(behind.unsqueeze(2), 0).sum(1) / lengths.to(x.dtype).unsqueeze(1)
+        return self.fc(features)
+
     def _embed(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         if not self.training or not self.dropout:
@@ -136,6 +156,40 @@ def _states(layer: nn.Module, sequence: PackedSequence) -> PackedSequence:
     # sequence's end cannot change the states before it.
     padded, lengths = pad_packed_sequence(sequence, batch_first=True)
     return pack_padded_sequence(layer(padded)[0], lengths, batch_first=True, enforce_sorted=False)
+
+
+def _padded_states(layer: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
+    """All states of a layer, (N, T, C), with anything at all behind a sequence's end."""
+    if not isinstance(layer, nn.GRU):
+        return layer.padded(x, lengths)  # type: ignore[operator]
+    states = layer(x)[0]
+    if not layer.bidirectional:
+        return states
+    # The way back must begin at a sequence's last step: with its padding in front that is where all of them end.
+    size, steps = layer.hidden_size, torch.arange(x.shape[1], device=x.device)
+    ends_aligned = _at_steps(x, (steps + lengths.unsqueeze(1)) % x.shape[1])
+    backward = _at_steps(layer(ends_aligned)[0][..., size:], (steps - lengths.unsqueeze(1)) % x.shape[1])
+    return torch.cat([states[..., :size], backward], 2)
+
+
+def _at_steps(x: Tensor, index: Tensor) -> Tensor:
+    """x[n, index[n, t]], for x (N, T, C) and index (N, T)."""
+    return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2]))
+
+
+def _of_population(norm: nn.Module) -> nn.Module:
+    """The norm; ValueError if it takes batch statistics at inference, which padding would enter."""
+    if isinstance(norm, BatchLayerNorm):
+        known = norm.has_population and norm.flags.batch_moving_mean and norm.flags.batch_moving_var
+    else:
+        known = not isinstance(norm, nn.BatchNorm1d) or norm.running_mean is not None
+    if not known:
+        raise ValueError(
+            f"A GRU classifier is exported with padded sequences, so batch statistics must be those of the population, "
+            f"got {norm} that takes them from the mini-batch or was never trained; train the model, and call "
+            f"set_flags_(model, 'TTFF')."
+        )
+    return norm
 
 
 class NormGRU(nn.Module):
@@ -187,6 +241,16 @@ class NormGRU(nn.Module):
             rows = torch.cat([rows, self.cells[1](sequence.data[reverse], sizes)[reverse]], 1)
         return PackedSequence(rows, *sequence[1:]), None
 
+    def padded(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """All states (N, T, hidden_size) in eval mode, for sequences (N, T, input_size), padded behind."""
+        cells: list[Any] = list(self.cells)
+        states = cells[0].padded(x)
+        if len(cells) == 1:
+            return states
+        steps, ends = torch.arange(x.shape[1], device=x.device), lengths.unsqueeze(1)
+        reverse = torch.where(steps < ends, ends - 1 - steps, steps)
+        return torch.cat([states, _at_steps(cells[1].padded(_at_steps(x, reverse)), reverse)], 2)
+
 
 class _NormCell(nn.Module):
     """One direction of `NormGRU`: rows (M, input_size), ordered by step, to rows (M, hidden_size)."""
@@ -212,16 +276,30 @@ class _NormCell(nn.Module):
         inputs = self.input_norm(F.linear(x, self.input_weight)).to(dtype)
         h = x.new_zeros(sizes[0], self.hidden_size, dtype=dtype)
         states = []
-        for step, from_input in enumerate(inputs.split(sizes)):
-            h = h[: len(from_input)]  # the longest sequences come first
-            normed = norms[step](F.linear(h, self.hidden_weight)).to(dtype)
-            from_state = torch.addcmul(self.bias, normed, self.weight)
-            input_gates, input_new = from_input.split([2 * self.hidden_size, self.hidden_size], 1)
-            state_gates, state_new = from_state.split([2 * self.hidden_size, self.hidden_size], 1)
-            r, z = torch.sigmoid(input_gates + state_gates).chunk(2, 1)
-            h = torch.lerp(torch.tanh(torch.addcmul(input_new, r, state_new)), h, z)
+        for norm, from_input in zip(norms, inputs.split(sizes), strict=True):
+            h = self._step(norm, from_input, h[: len(from_input)])  # the longest sequences come first
             states.append(h)
         return torch.cat(states)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """As `forward` for sequences (N, T, input_size) of one length, to (N, T, hidden_size)."""
+        input_norm = _of_population(self.input_norm)
+        inputs = input_norm(F.linear(x.flatten(0, 1), self.input_weight)).unflatten(0, x.shape[:2])
+        h = x.new_zeros(x.shape[0], self.hidden_size)
+        states = []
+        for norm, from_input in zip(self._norms_of_steps(x.shape[1]), inputs.unbind(1), strict=True):
+            h = self._step(_of_population(norm), from_input, h)
+            states.append(h)
+        return torch.stack(states, 1)
+
+    def _step(self, norm: nn.Module, from_input: Tensor, h: Tensor) -> Tensor:
+        """The next state (N, hidden_size)."""
+        normed = norm(F.linear(h, self.hidden_weight)).to(self.bias.dtype)
+        from_state = torch.addcmul(self.bias, normed, self.weight)
+        input_gates, input_new = from_input.split([2 * self.hidden_size, self.hidden_size], 1)
+        state_gates, state_new = from_state.split([2 * self.hidden_size, self.hidden_size], 1)
+        r, z = torch.sigmoid(input_gates + state_gates).chunk(2, 1)
+        return torch.lerp(torch.tanh(torch.addcmul(input_new, r, state_new)), h, z)
 
     def _norms_of_steps(self, steps: int) -> list[nn.Module]:
         norms = list(self.step_norms)
@@ -238,7 +316,14 @@ def _was_trained(norm: nn.Module) -> bool:
     """Whether a norm has statistics of its own for inference, or needs none."""
     if isinstance(norm, BatchLayerNorm):
         return norm.has_population
-    return not isinstance(norm, nn.BatchNorm1d) or norm.num_batches_tracked is None or bool(norm.num_batches_tracked)
+    if not isinstance(norm, nn.BatchNorm1d) or norm.num_batches_tracked is None:
+        return True
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "A model must not depend on values of its buffers to be exported, got BatchNorm inside the gates, whose "
+            "counts tell which steps were trained; use norm='bln', or norms between the layers."
+        )
+    return bool(norm.num_batches_tracked)
 
 
 def _unit_norm(norm: Norm, features: int) -> nn.Module:
