@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_bln.surgery import bln_layers
 
@@ -14,7 +16,7 @@ __all__ = ["matched_gain_groups"]
 
 def matched_gain_groups(
     model: nn.Module,
-    groups: Iterable[dict[str, Any]] | None = None,
+    groups: Iterable[Any] | None = None,
     *,
     lr: float,
     adaptive: bool = False,
@@ -27,22 +29,24 @@ def matched_gain_groups(
         Adam:       dg ~ -lr / sqrt(C)              BatchNorm's: ~ -lr
 
     so the weights get a rate that is C times as large (``adaptive=True``: sqrt(C) times). That holds whatever they
-    began with, 1 or sqrt(C).
+    began with, 1 or sqrt(C). A group's own weight decay is divided by the same factor for them, so that gains decay as
+    BatchNorm's; without one they do not decay, whatever the optimizer's default.
 
     Args:
         model: With the layers; swap first. In a LightningModule's ``configure_optimizers`` `BLNSwap` has.
-        groups: Parameter groups of an optimizer, ``{"params": [...], ...}``; each is split, and its other settings go
-            with all its parts. Default None: one group of all parameters that require a gradient.
+        groups: What an optimizer takes: parameters, or groups ``{"params": [...], ...}``, each of which is split, its
+            other settings going with all its parts. Default None: all parameters that require a gradient.
         lr: The learning rate of groups that have none of their own.
-        adaptive: For optimizers whose steps do not depend on the gradient's size, such as Adam. Default False: for
-            SGD, with or without momentum.
+        adaptive: For Adam, AdamW and RMSprop, whose steps do not depend on the gradient's size. Default False: for SGD,
+            with or without momentum. Optimizers that scale steps by the parameter's size, such as LAMB, need neither.
 
     Returns:
         New groups, each with an ``lr``, and none of them empty. Schedulers that scale each group's own rate keep the
-        ratios; OneCycleLR needs ``max_lr=[group["lr"] for group in groups]``.
+        ratios; OneCycleLR needs ``max_lr=[group["lr"] for group in groups]``. Lightning's ``Tuner.lr_find`` gives all
+        groups one rate, so it cannot search these.
 
     Raises:
-        ValueError: If the model has no `BatchLayerNorm`, or if groups have none of its layers' weights.
+        ValueError: If the groups have no weight of a `BatchLayerNorm` of the model, or a lazy layer has no size yet.
 
     Example:
         >>> from lightning_bln import BatchLayerNorm
@@ -51,24 +55,45 @@ def matched_gain_groups(
         [(3, 0.1), (1, 1.6)]
     """
     if groups is None:
-        groups = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
-    layers = bln_layers(model).values()
-    features = {id(layer.weight): layer.weight.numel() for layer in layers if layer.weight is not None}
+        groups = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = list(groups)
+    if not all(isinstance(group, dict) for group in groups):
+        groups = [{"params": groups}]
+    features = _features(model)
     result, found = [], False
     for group in groups:
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
-        parts: dict[float, list[Any]] = {}
+        parts: dict[int, list[Any]] = {}
         for item in params:
             parameter = item[1] if isinstance(item, tuple) else item  # as of named_parameters()
-            scale = features.get(id(parameter), 1)
-            found = found or id(parameter) in features
-            parts.setdefault(scale**0.5 if adaptive else scale, []).append(item)
-        rate = group.get("lr", lr)
-        result += [{**group, "params": part, "lr": scale * rate} for scale, part in parts.items()]
+            parts.setdefault(features.get(id(parameter), 0), []).append(item)
+        for size, part in parts.items():
+            new = {**group, "params": part, "lr": group.get("lr", lr)}
+            if size:
+                found = True
+                scale = size**0.5 if adaptive else size
+                new |= {"lr": scale * new["lr"], "weight_decay": group.get("weight_decay", 0.0) / scale}
+            result.append(new)
     if not found:
         raise ValueError(
-            f"matched_gain_groups needs weights of BatchLayerNorm layers among the parameters, got {len(layers)} such "
-            f"layers in a {type(model).__name__} and none of their weights; call swap_norms_(model) first, and give "
-            f"groups of the same model's parameters."
+            f"matched_gain_groups needs weights of BatchLayerNorm layers among the parameters, got none of those of "
+            f"{len(bln_layers(model))} such layers in a {type(model).__name__}; swap first, with BLNSwap or "
+            f"swap_norms_(model), and leave this out where the layers have no weight or it is frozen."
         )
     return result
+
+
+def _features(model: nn.Module) -> dict[int, int]:
+    """C of each layer's weight, by the weight's id. Not its number of elements: it may be sharded."""
+    features = {}
+    for name, layer in bln_layers(model).items():
+        if layer.weight is None:
+            continue
+        if isinstance(layer.weight, UninitializedParameter):
+            raise ValueError(
+                f"matched_gain_groups needs the number of features of each layer, got {name}, a lazy layer that has "
+                f"seen none; run one batch through the model first."
+            )
+        size = layer.num_features
+        features[id(layer.weight)] = size if isinstance(size, int) else math.prod(size)
+    return features

@@ -261,12 +261,19 @@ def read_weights(path: Path) -> Weights:
     return Weights(name, metadata["arch"], metadata["tag"], path, metadata)
 
 
+def full_name(arch: str, name: str) -> str:
+    """``arch.tag`` of what may be a tag only."""
+    return name if "." in name else f"{arch}.{name}"
+
+
 def check_metadata(metadata: Any, name: str) -> None:
     """Raise ValueError unless this is the metadata of weights of that name."""
     problems = _problems(metadata, _METADATA)
     if not problems:
         if f"{metadata['arch']}.{metadata['tag']}" != name:
             problems.append(f"'arch' and 'tag' of {metadata['arch']}.{metadata['tag']}")
+        if "." in metadata["tag"]:
+            problems.append(f"'tag' {metadata['tag']!r} with a dot, which ends the model's name")
         problems += _problems(metadata["arguments"], {"num_classes": (int,)}, "arguments.")
         kind = metadata["input"].get("kind")
         if kind not in _INPUT_KINDS:

@@ -32,7 +32,8 @@ def export_program(model: nn.Module, example_inputs: Sequence[Tensor]) -> Export
         The program; ``program.module()`` can be called.
 
     Raises:
-        ValueError: If the model is in train mode, or there are too few samples.
+        ValueError: If the model is in train mode, or there are too few samples; for a GRU classifier also if it takes
+            batch statistics from the mini-batch, which padding would enter, or has BatchNorm inside its gates.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).eval()

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lightning_bln import BatchLayerNorm
@@ -34,8 +35,8 @@ class GRUClassifier(nn.Module):
     rows (M, C) of a `PackedSequence`, and the norms' batch statistics are taken over them, one for each feature. B of
     BLN's weights 1/B is then the number of sequences, ``batch_size``, and not that of rows.
 
-    `torch.export` (`zoo.export`) takes it in eval mode, for one T and any N and lengths, where batch statistics are the
-    population's; not with BatchNorm inside the gates.
+    `torch.export` (`zoo.export`) takes it in eval mode, for one T and any N and lengths, which the program does not
+    check, where batch statistics are the population's; not with BatchNorm inside the gates.
 
     Shapes: tokens (N, T), int64, or features (N, T, embedding_size), padded behind; lengths (N,), int64, at least 1,
     or None: all T; output (N, num_classes).
@@ -129,6 +130,9 @@ class GRUClassifier(nn.Module):
         What comes behind a sequence's end stays out of its states and of the mean, and out of statistics because none
         are taken over rows.
         """
+        if self.training:
+            raise ValueError("A GRU classifier must be in eval mode to be exported; call model.eval() first.")
+        lengths = lengths.to(tokens.device)
         x = self.embedding(tokens)
         for index, layer in enumerate(self.layers):
             x = _padded_states(layer, x, lengths)
@@ -180,16 +184,17 @@ def _at_steps(x: Tensor, index: Tensor) -> Tensor:
 def _of_population(norm: nn.Module) -> nn.Module:
     """The norm; ValueError if it takes batch statistics at inference, which padding would enter."""
     if isinstance(norm, BatchLayerNorm):
-        known = norm.has_population and norm.flags.batch_moving_mean and norm.flags.batch_moving_var
+        if norm.has_population and norm.flags.batch_moving_mean and norm.flags.batch_moving_var:
+            return norm
+        remedy = "train the model, or call set_flags_(model, 'TTFF')"
     else:
-        known = not isinstance(norm, nn.BatchNorm1d) or norm.running_mean is not None
-    if not known:
-        raise ValueError(
-            f"A GRU classifier is exported with padded sequences, so batch statistics must be those of the population, "
-            f"got {norm} that takes them from the mini-batch or was never trained; train the model, and call "
-            f"set_flags_(model, 'TTFF')."
-        )
-    return norm
+        if not isinstance(norm, _BatchNorm) or norm.running_mean is not None:
+            return norm
+        remedy = "make the layer with track_running_stats=True"
+    raise ValueError(
+        f"A GRU classifier is exported with padded sequences, so batch statistics must be those of the population, got "
+        f"{norm}, which takes them from the mini-batch; {remedy}."
+    )
 
 
 class NormGRU(nn.Module):

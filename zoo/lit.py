@@ -16,7 +16,7 @@ from lightning_bln import start_epoch
 from lightning_bln.optim import matched_gain_groups
 from lightning_bln.surgery import bln_layers
 from zoo._registry import create_model
-from zoo._weights import get_weights
+from zoo._weights import full_name, get_weights
 from zoo.data.loader import generator_for
 from zoo.distillation import Teachers, distillation_loss
 from zoo.twins import load_twin_
@@ -39,7 +39,8 @@ class LitClassifier(pl.LightningModule):
     Args:
         model: One of ``zoo.list_models()``.
         weights: What to start from: a tag of the model's own weights, such as "cifar10", or ``arch.tag`` of the same
-            network with other norms, see `zoo.twins.load_twin_`. Default None: a fresh start.
+            network with other norms, whose parameters are taken over and whose statistics are not, so that the model
+            must be trained before it is of use; see `zoo.twins.load_twin_`. Default None: a fresh start.
         num_classes: Default None: that of the weights, else 10.
         optimizer: "sgd" (default) or "adam".
         lr: The highest learning rate. Default 0.1.
@@ -103,7 +104,7 @@ class LitClassifier(pl.LightningModule):
                 'mirror_teachers must come with teachers, got none; pass teachers=["resnet20_bn.cifar10"].'
             )
         # Of the model itself or of its twin.
-        start = None if weights is None else get_weights(weights if "." in weights else f"{model}.{weights}")
+        start = None if weights is None else get_weights(full_name(model, weights))
         if num_classes is None:
             num_classes = 10 if start is None else int(start.metadata["arguments"]["num_classes"])
         self.save_hyperparameters(ignore="weights")
@@ -219,7 +220,8 @@ class LitClassifier(pl.LightningModule):
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": hparams["weight_decay"]},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        if hparams["matched_gains"] and bln_layers(self.model):
+        gains = [layer.weight for layer in bln_layers(self.model).values() if layer.weight is not None]
+        if hparams["matched_gains"] and any(gain.requires_grad for gain in gains):
             groups = matched_gain_groups(self.model, groups, lr=lr, adaptive=hparams["optimizer"] == "adam")
         optimizer: torch.optim.Optimizer
         if hparams["optimizer"] == "sgd":

@@ -45,6 +45,7 @@ from zoo._weights import (
     as_float32,
     check_metadata,
     checksums,
+    full_name,
     get_weights,
     load_tensors_,
 )
@@ -141,6 +142,8 @@ def pack(
     wanted = {**defaults, **settings, "seed_everything": seed}
     trained = {**defaults, **hparams, "weights": saved.get("zoo_start", wanted["weights"])}
     trained["seed_everything"] = saved.get("zoo_seed", seed)
+    for each in (wanted, trained):
+        each["weights"] = each["weights"] and full_name(arch, each["weights"])
     if wanted["num_classes"] is None:
         wanted["num_classes"] = trained["num_classes"]  # of the data
     changed = {key: trained[key] for key, value in wanted.items() if trained[key] != value}
@@ -201,7 +204,7 @@ def pack(
     }
     # What the weights owe to others.
     if began := settings.get("weights"):
-        metadata["start"] = get_weights(began if "." in began else f"{arch}.{began}").name
+        metadata["start"] = get_weights(full_name(arch, began)).name
     if settings.get("teachers"):
         metadata["teachers"] = [get_weights(teacher).name for teacher in settings["teachers"]]
         metadata |= {"mirror_teachers": True} if settings.get("mirror_teachers") else {}

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_bln.surgery import bln_layers
 from zoo._registry import create_model
+from zoo._weights import get_weights
 
 __all__ = ["load_twin_"]
 
@@ -31,7 +32,8 @@ def load_twin_(model: nn.Module, name: str) -> None:
         >>> model = create_model("cnn_bln")
         >>> load_twin_(model, "cnn_bn.digits")
     """
-    twin = create_model(name)
+    weights = get_weights(name)
+    twin = create_model(weights.arch, weights=weights)
     theirs, ours = dict(twin.named_parameters()), dict(model.named_parameters())
     shapes = [{key: tuple(value.shape) for key, value in each.items()} for each in (theirs, ours)]
     if shapes[0] != shapes[1]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from lightning_bln import BatchLayerNorm, set_flags_
+from lightning_bln import set_flags_
 from lightning_bln.surgery import bln_layers
 from zoo.export import export_onnx, export_program
 
@@ -53,9 +53,8 @@ def test_a_program_for_any_number_of_sequences(name: str, kwargs: dict[str, Any]
     for samples in (4, 2, 7, 1):
         tokens, lengths = texts(samples)
         torch.testing.assert_close(program.module()(tokens, lengths), model(tokens, lengths), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(
-            program.module()(tokens, lengths.clamp(max=3)), model(tokens, lengths.clamp(max=3)), rtol=1e-5, atol=1e-6
-        )
+        shorter = lengths.clamp(max=3)
+        torch.testing.assert_close(program.module()(tokens, shorter), model(tokens, shorter), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -76,6 +75,20 @@ def test_onnxruntime_gives_what_the_model_gives(name: str, kwargs: dict[str, Any
         torch.testing.assert_close(torch.from_numpy(y), model(tokens, lengths), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gru_bln", "gru_recurrent_bln"])
+@torch.no_grad()
+def test_nothing_behind_a_sequence_matters(name: str) -> None:
+    settings: dict[str, Any] = {"vocabulary_size": None, "bidirectional": True}
+    torch.manual_seed(0)
+    model = zoo.create_model(name, embedding_size=6, hidden_size=5, batch_size=16, max_steps=STEPS, **settings)
+    model(torch.randn(16, STEPS, 6))
+    x, lengths = torch.randn(4, STEPS, 6), torch.tensor([STEPS, 3, 2, 1])
+    module = export_program(model.eval(), [x, lengths]).module()
+    expected = model(x, lengths)
+    x[torch.arange(STEPS) >= lengths.unsqueeze(1)] = float("nan")
+    torch.testing.assert_close(module(x, lengths), expected, rtol=1e-5, atol=1e-6)
+
+
 @torch.no_grad()
 def test_features_without_lengths_and_feature_statistics_of_the_population() -> None:
     torch.manual_seed(0)
@@ -89,22 +102,32 @@ def test_features_without_lengths_and_feature_statistics_of_the_population() -> 
 
 
 def test_what_padding_would_enter() -> None:
-    def raises(model: nn.Module, layer: str) -> None:
-        with pytest.raises(ValueError, match=rf"got {layer}.* that takes .* set_flags_\(model, 'TTFF'\)"):
+    def raises(model: nn.Module, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
             export_program(model, texts(4))
 
+    unknown = r"got BatchLayerNorm.*, which takes them from the mini-batch; train the model, or call set_flags_"
     model = trained("gru_bln", "FTFF")
-    raises(model, "BatchLayerNorm")
+    raises(model, unknown)
     set_flags_(model, "TFFF")
-    raises(model, "BatchLayerNorm")
-    raises(zoo.create_model("gru_bln", vocabulary_size=30).eval(), "BatchLayerNorm")
+    raises(model, unknown)
+    raises(zoo.create_model("gru_bln", vocabulary_size=30).eval(), unknown)
     plain = zoo.create_model("gru_bn", vocabulary_size=30).eval()
     plain.norms[1] = nn.BatchNorm1d(64, track_running_stats=False).eval()
-    raises(plain, "BatchNorm1d")
-    with pytest.raises(ValueError, match="got BatchNorm inside the gates"):
-        export_program(trained("gru_recurrent_bn"), texts(4))
-    # Steps that no training sequence was long enough for have no statistics, and are not used.
-    longer = trained("gru_recurrent_bln", max_steps=STEPS + 2)
-    assert not all(layer.has_population for layer in bln_layers(longer).values())
-    assert isinstance(longer.layers[0].cells[0].step_norms[-1], BatchLayerNorm)
-    export_program(longer, texts(4))
+    raises(plain, r"got BatchNorm1d.*; make the layer with track_running_stats=True")
+    raises(trained("gru_recurrent_bn"), "got BatchNorm inside the gates")
+    with pytest.raises(ValueError, match="must be in eval mode to be exported"):
+        torch.export.export(trained("gru_bln").train(), texts(4))
+
+
+@torch.no_grad()
+def test_steps_that_no_training_sequence_was_long_enough_for() -> None:
+    torch.manual_seed(0)
+    model = trained("gru_recurrent_bln", max_steps=STEPS + 2)
+    for _ in range(2):
+        model.train()(torch.randint(1, 30, (16, STEPS - 2)))
+    layers = list(bln_layers(model.eval()).values())
+    assert not all(layer.has_population for layer in layers)
+    tokens, lengths = torch.randint(1, 30, (4, STEPS + 3)), torch.tensor([STEPS + 3, 5, 3, 1])
+    module = export_program(model, [tokens, lengths]).module()
+    torch.testing.assert_close(module(tokens, lengths), model(tokens, lengths), rtol=1e-5, atol=1e-6)

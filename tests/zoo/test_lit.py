@@ -191,7 +191,12 @@ def test_matched_gains_have_rates_of_their_own(optimizer: str, scales: set[float
     gains = {id(layer.weight): layer.num_features for layer in bln_layers(model.model).values()}
     for group in fitting.optimizers[0].param_groups:
         assert len({gains.get(id(parameter), 1) for parameter in group["params"]}) == 1
-    # There is nothing to match without BLN.
+    # There is nothing to match without BLN, or where its layers are frozen.
+    for layer in bln_layers(model.model).values():
+        layer.requires_grad_(False)
+    model.hparams["schedule"] = "constant"
+    frozen: Any = model.configure_optimizers()
+    assert {group["lr"] for group in frozen.param_groups} == {1e-3}
     plain: Any = LitClassifier("cnn_bn", schedule="constant", matched_gains=True).configure_optimizers()
     assert {group["lr"] for group in plain.param_groups} == {0.1}
 

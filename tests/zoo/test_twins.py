@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,8 @@ def test_there_and_back_are_the_same_parameters(norm: str, monkeypatch: pytest.M
     there = create_model("cnn_bln")
     load_twin_(there, name)
     with monkeypatch.context() as patch:
-        patch.setattr("zoo.twins.create_model", lambda _: there)
+        patch.setattr("zoo.twins.create_model", lambda *_, **__: there)
+        patch.setattr("zoo.twins.get_weights", lambda _: SimpleNamespace(arch="cnn_bln"))
         back = create_model(f"cnn_{norm}")
         load_twin_(back, "cnn_bln.there")
     for (key, value), expected in zip(back.named_parameters(), original.parameters(), strict=True):
@@ -57,6 +59,8 @@ def test_another_network_leaves_the_model_as_it_was() -> None:
     before = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     with pytest.raises(ValueError, match=r"same network with other norms, got cnn_bn\.digits, where \d+ parameters"):
         load_twin_(model, "cnn_bn.digits")
+    with pytest.raises(ValueError, match="no weights"):
+        load_twin_(model, "gru_gn")  # a model without a tag: it must not be a fresh one
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
 

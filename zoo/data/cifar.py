@@ -148,7 +148,7 @@ class CIFAR10(_CIFAR):
         cutout: The side, in pixels, of a square at a random place of each training image that is set to the mean that
             images are standardised by (DeVries and Taylor 2017). Default 0: none.
         crop_step: Crops begin at multiples of it: 1 (default), 2 or 4 pixels. With 2 an image has 25 crops in place of
-            81, few enough to keep what a teacher says of each.
+            81, few enough to compute something of each ahead.
 
     Raises:
         FileNotFoundError: In ``setup``, if the images are not there.

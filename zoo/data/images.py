@@ -24,7 +24,7 @@ class Images(Dataset[Any]):
             None: images as they are.
         cutout: The side, in pixels, of a square of each image that is set to its channel's mean in training. Default
             0: none.
-        crop_step: Crops begin at multiples of it, in pixels. Default 1: anywhere.
+        crop_step: Crops begin at multiples of it, in pixels, a divisor of the padding. Default 1: anywhere.
         seed: Of crops, flips and squares, with the epoch and the first image of a batch. Default 0.
     """
 
@@ -71,7 +71,7 @@ def crop_and_flip(images: Tensor, padding: int, generator: torch.Generator, step
         images: (N, C, H, W).
         padding: Pixels on each side.
         generator: Decides places and flips.
-        step: Crops begin at multiples of it, in pixels. Default 1: anywhere.
+        step: Crops begin at multiples of it, in pixels, a divisor of the padding. Default 1: anywhere.
 
     Returns:
         (N, C, H, W).
