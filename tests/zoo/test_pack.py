@@ -342,7 +342,7 @@ def test_a_checkpoint_that_does_not_belong(folder: Path, digits: tuple[Path, lis
     arguments[2] = str(tmp_path / "cnn_bln.yaml")
     for change, message in (
         ({"zoo_seed": 4}, "'seed_everything': 4"),
-        ({"zoo_start": "digits"}, "'weights': 'digits'"),
+        ({"zoo_start": "digits"}, "'weights': 'cnn_bln.digits'"),
         ({"hyper_parameters": {"lr": 0.5}}, "'lr': 0.5"),
         ({"hyper_parameters": {"temperature": 9.0}}, "'temperature': 9.0"),  # of which the recipe says nothing
     ):
