@@ -95,8 +95,7 @@ def test_the_dashboard_shows_the_study_in_a_browser(server: str):
         driver.get(server)
         wait.until(lambda driver: NAME in driver.find_element("tag name", "body").text)
         driver.get(f"{server}/dashboard/studies/1")
-        wait.until(lambda driver: "Best Trial" in driver.find_element("tag name", "body").text)
-        text = driver.find_element("tag name", "body").text
-        assert NAME in text
-        assert "batch_moving_mean" in text
+        # The page asks for its parts one by one.
+        for part in ("Best Trial", NAME, "batch_moving_mean"):
+            wait.until(lambda driver, part=part: part in driver.find_element("tag name", "body").text, part)
         assert [message for message in browser.console(driver) if "SEVERE" in message] == []

@@ -116,6 +116,8 @@ def test_twins_have_the_same_recipe(tag: str) -> None:
         if of.partition("_")[0] == tag:
             settings = recipe(path)
             settings["model"]["init_args"].pop("model")
+            if start := settings["model"]["init_args"].get("weights"):  # the model's own, or its twin's
+                settings["model"]["init_args"]["weights"] = start.rpartition(".")[2]
             settings["model"]["init_args"].get("model_kwargs", {}).pop("statistics", None)
             if not settings["model"]["init_args"].get("model_kwargs", True):
                 settings["model"]["init_args"].pop("model_kwargs")
