@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_bln.norm_kinds import norm_features
 from lightning_bln.surgery import bln_layers
 
 __all__ = ["matched_gain_groups"]
@@ -94,6 +94,5 @@ def _features(model: nn.Module) -> dict[int, int]:
                 f"matched_gain_groups needs the number of features of each layer, got {name}, a lazy layer that has "
                 f"seen none; run one batch through the model first."
             )
-        size = layer.num_features
-        features[id(layer.weight)] = size if isinstance(size, int) else math.prod(size)
+        features[id(layer.weight)] = norm_features(layer)
     return features

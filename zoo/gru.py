@@ -137,7 +137,8 @@ class GRUClassifier(nn.Module):
         for index, layer in enumerate(self.layers):
             x = _padded_states(layer, x, lengths)
             if self.norms:
-                x = _of_population(self.norms[index])(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+                _check_of_population(self.norms[index])
+                x = self.norms[index](x.flatten(0, 1)).unflatten(0, x.shape[:2])
         behind = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
         features = x.masked_fill(behind.unsqueeze(2), 0).sum(1) / lengths.to(x.dtype).unsqueeze(1)
         return self.fc(features)
@@ -181,20 +182,19 @@ def _at_steps(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 
-def _of_population(norm: nn.Module) -> nn.Module:
-    """The norm; ValueError if it takes batch statistics at inference, which padding would enter."""
+def _check_of_population(norm: nn.Module) -> None:
+    """Raise ValueError if a norm takes batch statistics at inference, which padding would enter."""
     if isinstance(norm, BatchLayerNorm):
-        if norm.has_population and norm.flags.batch_moving_mean and norm.flags.batch_moving_var:
-            return norm
+        known = norm.has_population and norm.flags.batch_moving_mean and norm.flags.batch_moving_var
         remedy = "train the model, or call set_flags_(model, 'TTFF')"
     else:
-        if not isinstance(norm, _BatchNorm) or norm.running_mean is not None:
-            return norm
+        known = not isinstance(norm, _BatchNorm) or norm.running_mean is not None
         remedy = "make the layer with track_running_stats=True"
-    raise ValueError(
-        f"A GRU classifier is exported with padded sequences, so batch statistics must be those of the population, got "
-        f"{norm}, which takes them from the mini-batch; {remedy}."
-    )
+    if not known:
+        raise ValueError(
+            f"A GRU classifier is exported with padded sequences, so batch statistics must be those of the population, "
+            f"got {norm}, which takes them from the mini-batch; {remedy}."
+        )
 
 
 class NormGRU(nn.Module):
@@ -281,30 +281,24 @@ class _NormCell(nn.Module):
         inputs = self.input_norm(F.linear(x, self.input_weight)).to(dtype)
         h = x.new_zeros(sizes[0], self.hidden_size, dtype=dtype)
         states = []
-        for norm, from_input in zip(norms, inputs.split(sizes), strict=True):
-            h = self._step(norm, from_input, h[: len(from_input)])  # the longest sequences come first
+        for step, from_input in enumerate(inputs.split(sizes)):
+            h = h[: sizes[step]]  # the longest sequences come first
+            normed = norms[step](F.linear(h, self.hidden_weight)).to(dtype)
+            from_state = torch.addcmul(self.bias, normed, self.weight)
+            input_gates, input_new = from_input.split([2 * self.hidden_size, self.hidden_size], 1)
+            state_gates, state_new = from_state.split([2 * self.hidden_size, self.hidden_size], 1)
+            r, z = torch.sigmoid(input_gates + state_gates).chunk(2, 1)
+            h = torch.lerp(torch.tanh(torch.addcmul(input_new, r, state_new)), h, z)
             states.append(h)
         return torch.cat(states)
 
     def padded(self, x: Tensor) -> Tensor:
         """As `forward` for sequences (N, T, input_size) of one length, to (N, T, hidden_size)."""
-        input_norm = _of_population(self.input_norm)
-        inputs = input_norm(F.linear(x.flatten(0, 1), self.input_weight)).unflatten(0, x.shape[:2])
-        h = x.new_zeros(x.shape[0], self.hidden_size)
-        states = []
-        for norm, from_input in zip(self._norms_of_steps(x.shape[1]), inputs.unbind(1), strict=True):
-            h = self._step(_of_population(norm), from_input, h)
-            states.append(h)
-        return torch.stack(states, 1)
-
-    def _step(self, norm: nn.Module, from_input: Tensor, h: Tensor) -> Tensor:
-        """The next state (N, hidden_size)."""
-        normed = norm(F.linear(h, self.hidden_weight)).to(self.bias.dtype)
-        from_state = torch.addcmul(self.bias, normed, self.weight)
-        input_gates, input_new = from_input.split([2 * self.hidden_size, self.hidden_size], 1)
-        state_gates, state_new = from_state.split([2 * self.hidden_size, self.hidden_size], 1)
-        r, z = torch.sigmoid(input_gates + state_gates).chunk(2, 1)
-        return torch.lerp(torch.tanh(torch.addcmul(input_new, r, state_new)), h, z)
+        n, steps = x.shape[:2]
+        for norm in (self.input_norm, *self._norms_of_steps(steps)):
+            _check_of_population(norm)
+        rows = self(x.transpose(0, 1).flatten(0, 1), [n] * steps)
+        return rows.unflatten(0, (steps, n)).transpose(0, 1)
 
     def _norms_of_steps(self, steps: int) -> list[nn.Module]:
         norms = list(self.step_norms)

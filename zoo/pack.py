@@ -203,8 +203,7 @@ def pack(
         "input": taken,
     }
     # What the weights owe to others.
-    if began := settings.get("weights"):
-        metadata["start"] = get_weights(full_name(arch, began)).name
+    metadata |= {"start": wanted["weights"]} if wanted["weights"] else {}
     if settings.get("teachers"):
         metadata["teachers"] = [get_weights(teacher).name for teacher in settings["teachers"]]
         metadata |= {"mirror_teachers": True} if settings.get("mirror_teachers") else {}
