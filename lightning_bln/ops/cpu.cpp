@@ -703,6 +703,10 @@ struct Block {
   using V = Vec<A>;
   static constexpr int L = kLanes<A>;
   static constexpr int64_t kShort = 8, kNear = 4;  // vectors of a row
+  // Vectors of features, and samples, whose sums over the samples stay in registers. float64 is not worth more code.
+  static constexpr int kColumns = std::is_same_v<A, double> ? 1 : kVectorBytes == 64 ? 4 : 2;
+  static constexpr int64_t kGroup = 16;
+  static_assert(kGroup % L == 0);
 
   const Problem<A>& p;
   int64_t first, width;
@@ -790,14 +794,22 @@ struct Block {
     A* square;           // of (x - center)^2; null where it is not wanted
 
     std::array<A*, 5> all() const { return {g, gd, gf, d, square}; }
+    BatchSums at(int64_t k) const { return {g + k, gd + k, gf + k, d + k, square ? square + k : nullptr}; }
   };
 
   // The reductions of the backward pass: sets the slabs' feature sums, adds to the sums for each key.
   void reduce(const A* x, const A* g, int64_t n, const A* center_b, const BatchSums& sums, const FeatureTerms& f) const {
-    each_group(n, [&](auto count, int64_t i) {
-      for (int64_t r = 0; r < width; r += L) {
-        reduce_some<count>(x + i * slab, g + i * slab, center_b, sums, f, i * width, {r, std::min(r + L, width)});
-      }
+    each_part(n, [&](int64_t r, int64_t n0, int64_t count) {
+      RowSums of;
+      const FeatureTerms terms = f.at(n0 * width + r);
+      const int64_t at = n0 * slab + r * padded, key = r * key_row;
+      each_columns([&](auto columns, int64_t c) {
+        reduce_some<columns>(x + at + c, g + at + c, count, center_b + key + c, p.W + c, sums.at(key + c), terms, of, c == 0);
+      });
+      of.each(count, [&](int64_t i, V sum, V deviation) {
+        put_column(terms.sum, i, sum * p.w_f, count, width);
+        put_column(terms.sum_deviation, i, deviation * p.w_f, count, width);
+      });
     });
   }
 
@@ -830,11 +842,54 @@ struct Block {
 
   static void add_to(A* total, V v) { put<A>(total, get<A>(total) + v); }
 
+  // f(row, first sample, samples): so few samples that no sum over them has many terms of its own size, and that the
+  // first cache holds one row of theirs.
+  template <class F>
+  void each_part(int64_t n, const F& f) const {
+    for (int64_t n0 = 0; n0 < n; n0 += kGroup) {
+      for (int64_t r = 0; r < width; ++r) f(r, n0, std::min(kGroup, n - n0));
+    }
+  }
+
+  // f(vectors, first feature): the vectors of a row, some at a time; one that is not whole alone.
+  template <int K = kColumns, class F>
+  void each_columns(const F& f, int64_t c = 0) const {
+    for (; c + K * L <= p.C; c += K * L) f(std::integral_constant<int, K>(), c);
+    if constexpr (K > 1) {
+      each_columns<K / 2>(f, c);
+    } else if (c < p.C) {
+      f(std::integral_constant<int, 1>(), c);
+    }
+  }
+
+  // Two sums over a row for each sample of a part, lane by lane.
+  struct RowSums {
+    V first[kGroup], second[kGroup];
+
+    // f(sample, their sums over the lanes): as many samples as lanes at once.
+    template <class F>
+    void each(int64_t count, const F& f) {
+      for (int64_t i = 0; i < count; i += L) {
+        for (int64_t j = count; j < i + L; ++j) first[j] = second[j] = V{};
+        f(i, sum_each<A>(first + i), sum_each<A>(second + i));
+      }
+    }
+  };
+
+  // A row's values for samples from i on, of `count`, into an array of `width` values a slab.
+  static void put_column(A* to, int64_t i, V v, int64_t count, int64_t apart) {
+    if (apart == 1 && i + L <= count) return put<A>(to + i, v);
+    A lanes[L];
+    put<A>(lanes, v);
+    to += i * apart;
+    for (int64_t j = 0; j < std::min<int64_t>(L, count - i); ++j, to += apart) *to = lanes[j];
+  }
+
   // Sums over the first features of each of at most kLanes rows, `Sums` of them, of what `term(row, c, terms)` gives for U
   // slabs, after begin(row); lanes beyond those features count nothing. Then done(slab, sums): a vector holds one sum of
   // all rows.
   template <int U, int Sums, class Begin, class Term, class Done>
-  void row_sums(const Range& range, int64_t features, const Begin& begin, const Term& term, const Done& done) const {
+  __attribute__((always_inline)) void row_sums(const Range& range, int64_t features, const Begin& begin, const Term& term, const Done& done) const {
     const int64_t whole = features / L * L, first = range.begin;
     const int rows = int(range.size()), tail = int(features - whole);
     V sums[U][Sums][L];
@@ -977,51 +1032,44 @@ struct Block {
     }
   }
 
-  template <int U>
-  void reduce_some(const A* x, const A* g, const A* center_b, const BatchSums sums, const FeatureTerms f, int64_t f0, const Range& rows) const {
-    const int64_t slab = this->slab, padded = this->padded, width = this->width, key_row = this->key_row;
-    const A* W_all = p.W;
-    V center[U], rstd[U], offset[U];
-    row_sums<U, 2>(
-        rows, p.C,
-        [&](int64_t r) {
+  template <int K>
+  void reduce_some(const A* x, const A* g, int64_t count, const A* center_b, const A* weight, const BatchSums sums, const FeatureTerms f, RowSums& of,
+                   bool begins) const {
+    const int64_t slab = this->slab, padded = this->padded, width = this->width;
+    V cb[K], W[K], sg[K] = {}, sgd[K] = {}, sgf[K] = {}, sd[K] = {}, sq[K] = {};
 #pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) {
-            center[u] = splat<A>(f.center[f0 + r + u * width]);
-            rstd[u] = splat<A>(f.rstd[f0 + r + u * width]);
-            offset[u] = splat<A>(f.offset[f0 + r + u * width]);
-          }
-        },
-        [&](int64_t r, int64_t c, V(&terms)[U][2]) __attribute__((always_inline)) {
-          const int64_t k = r * padded + c, key = r * key_row + c;
-          const V cb = get<A>(center_b + key), W = get<A>(W_all + c);
-          V sg{}, sgd{}, sgf{}, sd{}, sq{};
+    for (int k = 0; k < K; ++k) {
+      cb[k] = get<A>(center_b + k * L);
+      W[k] = get<A>(weight + k * L);
+    }
+    const A *center = f.center, *rstd = f.rstd, *offset = f.offset;
+    for (int64_t i = 0; i < count; ++i, x += slab, g += slab, center += width, rstd += width, offset += width) {
+      const V cf = splat<A>(*center), rf = splat<A>(*rstd), off = splat<A>(*offset);
+      V sum = begins ? V{} : of.first[i], deviation = begins ? V{} : of.second[i];
 #pragma GCC unroll 8
-          for (int u = 0; u < U; ++u) {
-            __builtin_prefetch(g + (u + U) * slab + k);
-            __builtin_prefetch(x + (u + U) * slab + k);
-            const V xv = get<A>(x + u * slab + k), gv = get<A>(g + u * slab + k);
-            const V d = xv - center[u], gw = gv * W;
-            terms[u][0] = gw;
-            terms[u][1] = gw * d;
-            sg += gv;
-            const V db = xv - cb;
-            sgd += gv * db;
-            sd += db;
-            sq += db * db;
-            sgf += gv * (d * rstd[u] + offset[u]);
-          }
-          add_to(sums.g + key, sg);
-          add_to(sums.gd + key, sgd);
-          add_to(sums.gf + key, sgf);
-          add_to(sums.d + key, sd);
-          if (sums.square) add_to(sums.square + key, sq);
-        },
-        [&](int u, V(&totals)[2]) {
-          const int64_t at = f0 + u * width + rows.begin;
-          put_rows(f.sum + at, totals[0] * p.w_f, rows);
-          put_rows(f.sum_deviation + at, totals[1] * p.w_f, rows);
-        });
+      for (int k = 0; k < K; ++k) {
+        __builtin_prefetch(x + k * L + padded);  // the next row
+        __builtin_prefetch(g + k * L + padded);
+        const V xv = get<A>(x + k * L), gv = get<A>(g + k * L), d = xv - cf, gw = gv * W[k], db = xv - cb[k];
+        sum += gw;
+        deviation += gw * d;
+        sg[k] += gv;
+        sgd[k] += gv * db;
+        sd[k] += db;
+        sq[k] += db * db;
+        sgf[k] += gv * (d * rf + off);
+      }
+      of.first[i] = sum;
+      of.second[i] = deviation;
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+      add_to(sums.g + k * L, sg[k]);
+      add_to(sums.gd + k * L, sgd[k]);
+      add_to(sums.gf + k * L, sgf[k]);
+      add_to(sums.d + k * L, sd[k]);
+      if (sums.square) add_to(sums.square + k * L, sq[k]);
+    }
   }
 
   template <int U>
@@ -1272,15 +1320,15 @@ class Inside {
   // Arrays of a block for the backward pass.
   struct Terms {
     A *center, *used, *scale, *slope, *offset, *rstd;  // for each key; used: the mean that was used
-    typename B::BatchSums sums, part;  // part: of a few samples, so that no sum has many terms of its own size
+    typename B::BatchSums sums;
     typename B::FeatureTerms f;
     A* used_f;
   };
 
   Terms take_terms(int64_t keys, int64_t features) const {
     Terms t;
-    t.sums.square = t.part.square = nullptr;
-    for (A** array : {&t.center, &t.used, &t.scale, &t.slope, &t.offset, &t.rstd, &t.sums.g, &t.sums.gd, &t.sums.gf, &t.sums.d, &t.part.g, &t.part.gd, &t.part.gf, &t.part.d}) {
+    t.sums.square = nullptr;
+    for (A** array : {&t.center, &t.used, &t.scale, &t.slope, &t.offset, &t.rstd, &t.sums.g, &t.sums.gd, &t.sums.gf, &t.sums.d}) {
       *array = task_scratch.take<A>(keys);
     }
     for (A** array : {&t.f.center, &t.f.rstd, &t.f.offset, &t.f.sum, &t.f.sum_deviation, &t.used_f}) *array = task_scratch.take<A>(features);
@@ -1319,23 +1367,31 @@ class Inside {
   }
 
   // From the sums over samples and the variance that was used, in t.rstd, to the batch terms of dx.
-  BLN_VECTORIZE void finish_keys(const B& b, Terms& t) const {
+  void finish_keys(const B& b, Terms& t) const {
     const A inverse = A(1) / A(p.batch_count());
     const A mean_own = p.batch.mean.data ? A(0) : inverse, var_own = p.batch.var.data ? A(0) : inverse;
-    to_rstd(t.rstd, t.rstd, b.keys, p.eps);
-    if (p.batch.own() && p.batch.mean.data) {
-      load_keys(b, p.batch.mean, t.used);
-      for (int64_t k = 0; k < b.keys; ++k) t.sums.gd[k] += (t.center[k] - t.used[k]) * t.sums.g[k];
-    }
     // What rounding left in the center, which is the own mean: sums over many samples need it if the mean is large.
     const A residue = p.batch.own() ? inverse : A(0), residue_of_mean = p.batch.mean.data ? A(0) : residue;
-    for (int64_t k = 0; k < b.keys; ++k) t.sums.gd[k] -= residue_of_mean * t.sums.d[k] * t.sums.g[k];
-    std::memcpy(t.scale, t.rstd, b.keys * sizeof(A));
-    times_weight(b, t.scale, p.w_b);
-    for (int64_t k = 0; k < b.keys; ++k) {
-      t.offset[k] = mean_own * t.scale[k] * t.sums.g[k];
-      t.slope[k] = var_own * t.scale[k] * t.rstd[k] * t.rstd[k] * t.sums.gd[k];
-      t.offset[k] -= residue * t.sums.d[k] * t.slope[k];
+    for (int64_t k = 0; k < b.keys && t.sums.square; k += L) {
+      const V d = get<A>(t.sums.d + k) * inverse;
+      put<A>(t.rstd + k, get<A>(t.sums.square + k) * inverse - d * d);
+    }
+    to_rstd(t.rstd, t.rstd, b.keys, p.eps);
+    const bool other = p.batch.own() && p.batch.mean.data;
+    if (other) load_keys(b, p.batch.mean, t.used);
+    for (int64_t k0 = 0; k0 < b.keys; k0 += b.padded) {
+      for (int64_t c = 0; c < b.padded; c += L) {
+        const int64_t k = k0 + c;
+        const V rstd = get<A>(t.rstd + k), g = get<A>(t.sums.g + k), d = get<A>(t.sums.d + k);
+        V gd = get<A>(t.sums.gd + k);
+        if (other) gd += (get<A>(t.center + k) - get<A>(t.used + k)) * g;
+        gd -= residue_of_mean * d * g;
+        const V scale = rstd * (get<A>(p.W + c) * p.w_b), slope = var_own * scale * rstd * rstd * gd;
+        put<A>(t.sums.gd + k, gd);
+        put<A>(t.scale + k, scale);
+        put<A>(t.slope + k, slope);
+        put<A>(t.offset + k, mean_own * scale * g - residue * d * slope);
+      }
     }
   }
 
@@ -1359,56 +1415,34 @@ class Inside {
   typename B::BatchTerms batch_terms(const Terms& t) const { return {t.center, t.scale, t.slope, t.offset}; }
 
   void backward_block(const B& b, bool missing_b, bool missing_f, double* grads) const {
-    A *room = take_room(b, p.N), *room_g = take_room(b, p.N);
+    A *room = take_room(b, p.N), *g = b.read(p.g, 0, p.N, take_room(b, p.N)), *x = nullptr;
     Terms t = take_terms(b.keys, p.N * b.width);
     if (missing_b) {
       RunningMoments<A> moments = take_moments(b.keys);
-      take_block(b, room, moments, t.f.center, t.f.rstd);
+      x = take_block(b, room, moments, t.f.center, t.f.rstd);
       t.center = moments.mean;
       t.rstd = moments.squares;
     } else {
+      x = b.read(p.x, 0, p.N, room);
       load_keys(b, p.batch.center(), t.center);
     }
     if (p.batch.var_unknown) {
       t.sums.square = t.rstd;
-      t.part.square = t.scale;  // free until `finish_keys`
     } else if (!missing_b || p.batch.var.data) {
       load_keys(b, p.batch.used_var(), t.rstd);
     }
-    const bool features_taken = missing_b && missing_f;
     NoMoments<A> none;
+    if (missing_f && !missing_b) b.moments(x, p.N, none, t.f.center, t.f.rstd);
+    if (!missing_f) load_features(b, p.feature.center(), 0, p.N, t.f.center);
+    if (!missing_f || p.feature.var.data) load_features(b, p.feature.used_var(), 0, p.N, t.f.rstd);
+    prepare_features(b, 0, p.N, t.f, t.used_f);
     clear_sums(t.sums, b.keys);
-    clear_sums(t.part, b.keys);
-    for (int64_t n = 0; n < p.N; n += 4) {
-      const int64_t count = std::min<int64_t>(4, p.N - n);
-      const A *x = read(b, p.x, n, count, room), *g = read(b, p.g, n, count, room_g);
-      const typename B::FeatureTerms f = t.f.at(n * b.width);
-      if (missing_f && !features_taken) b.moments(x, count, none, f.center, f.rstd);
-      if (!missing_f) load_features(b, p.feature.center(), n, count, f.center);
-      if (!missing_f || p.feature.var.data) load_features(b, p.feature.used_var(), n, count, f.rstd);
-      prepare_features(b, n, count, f, t.used_f);
-      b.reduce(x, g, count, t.center, t.part, f);
-      // Sums of some samples at a time, so that none has many terms of its own size.
-      if ((n + count) % kPart == 0 || n + count == p.N) add_part(b, t);
-    }
+    b.reduce(x, g, p.N, t.center, t.sums, t.f);
     finish_features(p.N * b.width, t.f);
-    for (int64_t k = 0; k < b.keys && p.batch.var_unknown; ++k) {
-      const A d = t.sums.d[k] / A(p.N);
-      t.rstd[k] = t.rstd[k] / A(p.N) - d * d;
-    }
     finish_keys(b, t);
-    A *x = read(b, p.x, 0, 0, room), *g = read(b, p.g, 0, 0, room_g);
     b.differentiate(x, g, b.target(g, 0), p.N, batch_terms(t), t.f);
     if (!b.direct()) b.unpack(g, 0, p.N);
     add_gradients(b, t, true, grads);
-  }
-
-  void add_part(const B& b, const Terms& t) const {
-    const auto totals = t.sums.all(), parts = t.part.all();
-    for (size_t i = 0; i < parts.size(); ++i) {
-      if (parts[i]) add_all(totals[i], parts[i], b.keys);
-    }
-    clear_sums(t.part, b.keys);
   }
 
   // ------------------------------------------------------------------------------------------------- the split plan
@@ -1559,15 +1593,13 @@ class Inside {
         const B b = block(plan, j);
         load_keys(b, p.batch.center(), m.center);
         clear_sums(m.sums, b.keys);
-        clear_sums(m.part, b.keys);
         for (int64_t n = own.samples.begin; n < own.samples.end; n += plan.chunk) {
           const int64_t count = std::min(plan.chunk, own.samples.end - n);
           const A *x = b.read(p.x, n, count, room), *g = b.read(p.g, n, count, room_g);
           load_features(b, p.feature.center(), n, count, m.f.center);
           load_features(b, p.feature.used_var(), n, count, m.f.rstd);
           prepare_features(b, n, count, m.f, m.used_f);
-          b.reduce(x, g, count, m.center, m.part, m.f);
-          add_part(b, m);
+          b.reduce(x, g, count, m.center, m.sums, m.f);
           finish_features(count * b.width, m.f);
           store_features(b, m.f.sum, n, count, offset_f);
           store_features(b, m.f.sum_deviation, n, count, slope_f);
@@ -1715,7 +1747,7 @@ class Outside {
 
   struct Plan {
     bool whole;  // tasks own blocks of positions with all samples: statistics need no merging
-    int64_t width, blocks;
+    int64_t width, blocks;            // width: of the widest block
     int64_t tasks, parts_n, parts_b;  // tasks = parts_n * parts_b: ranges of samples and of blocks
   };
 
@@ -1740,19 +1772,24 @@ class Outside {
     const int64_t parts_b = std::max<int64_t>(1, tasks / plan.parts_n);
     constexpr int64_t line = kLine / sizeof(A);
     // Rows of a quarter of a KiB at least, since each may lie in a page of its own.
-    int64_t width = std::max<int64_t>(4 * line, (reduces ? 1 : 4) * key_limit() / p.C / line * line);
-    width = std::min(width, ceil_div(p.P, parts_b));
-    plan.blocks = ceil_div(ceil_div(p.P, width), parts_b) * parts_b;
-    plan.width = ceil_div(ceil_div(p.P, plan.blocks), line) * line;
-    if (plan.width > p.P) plan.width = p.P;
-    plan.blocks = ceil_div(p.P, plan.width);
+    const int64_t width = std::max<int64_t>(4 * line, (reduces ? 1 : 4) * key_limit() / p.C / line * line);
+    plan.blocks = std::min(ceil_div(ceil_div(p.P, width), parts_b) * parts_b, ceil_div(p.P, line));
+    plan.width = ceil_div(ceil_div(p.P, line), plan.blocks) * line;
     plan.parts_b = std::min(parts_b, plan.blocks);
     plan.tasks = plan.parts_n * plan.parts_b;
     return plan;
   }
 
+  // Blocks are nearly equal, so that tasks are: whole lines, but for the last one.
   Span span(const Plan& plan, int64_t i) const {
-    const int64_t first = i * plan.width, width = std::min(plan.width, p.P - first);
+    constexpr int64_t line = kLine / sizeof(A);
+    const Range lines = part_of(ceil_div(p.P, line), plan.blocks, i);
+    const int64_t first = lines.begin * line, width = std::min(lines.end * line, p.P) - first;
+    return span_of(i, first, width);
+  }
+  // No block has more.
+  Span widest(const Plan& plan) const { return span_of(0, 0, plan.width); }
+  static Span span_of(int64_t i, int64_t first, int64_t width) {
     const int64_t padded = ceil_div(width, L) * L;
     return {i, first, width, padded, padded + 3 * kLine / int64_t(sizeof(A))};
   }
@@ -2142,8 +2179,8 @@ class Outside {
   }
 
   // Where a span's arrays begin among those of all spans.
-  int64_t place(const Plan& plan, const Span& s) const { return s.index * span(plan, 0).keys(p.C); }
-  int64_t all_keys(const Plan& plan) const { return plan.blocks * span(plan, 0).keys(p.C); }
+  int64_t place(const Plan& plan, const Span& s) const { return s.index * widest(plan).keys(p.C); }
+  int64_t all_keys(const Plan& plan) const { return plan.blocks * widest(plan).keys(p.C); }
 
   // Own statistics in parts, merged in a fixed order, stored. Returns the rest by spans; nothing per channel.
   Rest take_statistics(const Plan& plan) const {
@@ -2160,8 +2197,8 @@ class Outside {
       take(s, own.samples, batch, !p.feature.known);
     });
     run_tasks(plan.tasks, [&](int64_t t) {
-      A* mean = task_scratch.take<A>(2 * span(plan, 0).padded);
-      A* var = mean + span(plan, 0).padded;
+      A* mean = task_scratch.take<A>(2 * widest(plan).padded);
+      A* var = mean + widest(plan).padded;
       const Range rows = part_of(plan.blocks * p.C, plan.tasks, t);
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         const Span s = span(plan, i / p.C);
@@ -2627,7 +2664,7 @@ class Outside {
   }
 
   void backward_in_parts(const Plan& plan, bool missing_f) {
-    const int64_t padded = span(plan, 0).padded, apart = span(plan, 0).apart, keys = p.per_channel ? p.C * L : all_keys(plan);
+    const int64_t padded = widest(plan).padded, apart = widest(plan).apart, keys = p.per_channel ? p.C * L : all_keys(plan);
     const FeatureTerms features = take_features(call_scratch, plan.blocks * p.N * apart);
     auto of_span = [&](const Span& s, const Share& own) { return features.at(s.index * p.N * apart + own.samples.begin * s.apart); };
     const BatchTerms terms = take_terms(call_scratch, keys);
