@@ -246,12 +246,15 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     # x and the small statistics; nothing of x's size besides.
     ctx.save_for_backward(x, weight, *_worth_saving(x, output[1:]), *population, batch_size)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros are made for each statistic in every backward pass
     ctx.weight_dtype = None if weight is None else weight.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.settings = (feature_dim, per_channel, eps)
 
 
-def _autograd(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_y is None:  # nothing of y is differentiated
+        return (None,) * 11
     grad_x, grad_weight, grad_bias = _call(
         torch.ops.lightning_bln.batch_layer_norm_backward.default, grad_y, *ctx.saved_tensors, *ctx.settings
     )

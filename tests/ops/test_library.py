@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from conftest import Layout
 from test_reference import random_population
 from tolerances import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bln import StatFlags, batch_layer_norm
 from lightning_bln.ops.reference import Population
@@ -171,6 +172,37 @@ def test_only_the_input_and_small_tensors_are_saved_for_backward(statistics: str
         FORWARD(x, weight, bias, *population, None, 1, statistics == "per_channel", 1e-3)
     large = [t for t in saved if t.numel() >= x.numel() // 8]
     assert [t.data_ptr() for t in large] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("call", [batch_layer_norm, lambda x: FORWARD(x, *[None] * 7, 1, False, 1e-3)[0]])
+def test_the_backward_pass_makes_no_gradients_of_statistics(call):
+    class Zeros(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.made += "zero" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    y = call(x)
+    with Zeros() as zeros:
+        torch.autograd.grad(y, x, torch.randn_like(y))
+    assert zeros.made == 0
+
+
+def test_no_gradient_of_y_is_none_of_the_input():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    x = torch.randn(4, 3, requires_grad=True)
+    Stop.apply(batch_layer_norm(x)).sum().backward()
+    assert x.grad is None
 
 
 class TestCompilers:
