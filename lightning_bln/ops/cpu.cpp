@@ -795,6 +795,9 @@ struct Block {
 
     std::array<A*, 5> all() const { return {g, gd, gf, d, square}; }
     BatchSums at(int64_t k) const { return {g + k, gd + k, gf + k, d + k, square ? square + k : nullptr}; }
+    void add(const BatchSums& other, int64_t keys) const {
+      for (auto [to, from] : {std::pair(g, other.g), std::pair(gd, other.gd), std::pair(gf, other.gf), std::pair(d, other.d)}) add_all(to, from, keys);
+    }
   };
 
   // The reductions of the backward pass: sets the slabs' feature sums, adds to the sums for each key.
@@ -1599,7 +1602,15 @@ class Inside {
           load_features(b, p.feature.center(), n, count, m.f.center);
           load_features(b, p.feature.used_var(), n, count, m.f.rstd);
           prepare_features(b, n, count, m.f, m.used_f);
-          b.reduce(x, g, count, m.center, m.sums, m.f);
+          if (p.per_channel) {
+            // All rows have the same keys: a sum of some of them at a time. These arrays are free until `finish_keys`.
+            const typename B::BatchSums part = {m.scale, m.slope, m.offset, m.used, nullptr};
+            clear_sums(part, b.keys);
+            b.reduce(x, g, count, m.center, part, m.f);
+            m.sums.add(part, b.keys);
+          } else {
+            b.reduce(x, g, count, m.center, m.sums, m.f);
+          }
           finish_features(count * b.width, m.f);
           store_features(b, m.f.sum, n, count, offset_f);
           store_features(b, m.f.sum_deviation, n, count, slope_f);

@@ -465,6 +465,14 @@ def test_statistics_of_many_values_are_as_exact_as_of_few(memory_format):
 
 @pytest.mark.usefixtures("_kernel")
 @pytest.mark.parametrize("axis", [1, 2])
+def test_gradients_of_many_values_are_as_exact_as_of_few(axis: int, statistics: str, set_threads):
+    set_threads(1)
+    x = torch.randn(1024, 256, 4).movedim(2, axis).contiguous()
+    Case(x, axis=axis, per_channel=statistics == "per_channel", grad_y=torch.full_like(x, 0.1)).check()
+
+
+@pytest.mark.usefixtures("_kernel")
+@pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize("C", [64, 1024])
 def test_features_of_two_kinds(C: int, axis: int):
     x = torch.randn(8, 32, C)
