@@ -262,15 +262,16 @@ struct Memory {
   static void store(T* p, Vec<A> v) { put<A>(p, v); }
 };
 
-#if LIGHTNING_BLN_PART == 0
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
+// A bfloat16 as it lies in memory.
+struct Brain {
+  uint16_t bits;
+};
 
 template <>
-struct Memory<BFloat16, float> {
+struct Memory<Brain, float> {
   using Bits = VectorOf<float>::bits;
   using HalfBits = VectorOf<float>::half_bits;
-  static Vec<float> load(const BFloat16* p) {
+  static Vec<float> load(const Brain* p) {
     HalfBits half;
     std::memcpy(&half, p, sizeof half);
     const Bits bits = __builtin_convertvector(half, Bits) << 16;
@@ -278,7 +279,7 @@ struct Memory<BFloat16, float> {
     std::memcpy(&v, &bits, sizeof v);
     return v;
   }
-  static void store(BFloat16* p, Vec<float> v) {
+  static void store(Brain* p, Vec<float> v) {
     Bits bits;
     std::memcpy(&bits, &v, sizeof v);
     Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
@@ -288,6 +289,10 @@ struct Memory<BFloat16, float> {
     std::memcpy(p, &half, sizeof half);
   }
 };
+
+#if LIGHTNING_BLN_PART == 0
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 template <>
 struct Memory<Half, float> {
@@ -532,7 +537,7 @@ template <class A>
 struct Problem {
   int64_t N, C, P;
   int64_t sn, sc, sp;  // element strides of x, y and their gradients
-  bool per_channel, same_type;  // same_type: x's type is A
+  bool per_channel, same_type, brain;  // same_type: x's type is A; brain: it is bfloat16
   bool past_caches = false;     // results are stored so, see put
   A eps, w_f, w_b, scale;  // scale = 1 / sqrt(C)
   double exact_w_b;
@@ -1689,7 +1694,8 @@ class Inside {
 // C x width keys stays in the second cache, and all samples are read once to take statistics and, last one first, once
 // more for the result. Lanes beyond a block's last position hold values of the next row, or zeros: they are computed
 // with, since lanes never mix, and left out of whatever is stored or summed over lanes.
-template <class A>
+// T: x's type in memory, which is read and written where it lies; if it is A, others are packed first.
+template <class A, class T>
 class Outside {
   using V = Vec<A>;
   static constexpr int L = kLanes<A>;
@@ -1835,41 +1841,67 @@ class Outside {
 
   // Row c of sample i: at data + i * n + c * row.
   struct View {
-    const A* data;
+    const T* data;
     int64_t n, row;
   };
+  static V load(const T* p) { return Memory<T, A>::load(p); }
+  static void store(T* p, V v, bool past_caches) {
+    if constexpr (std::is_same_v<T, A>) {
+      put<A>(p, v, past_caches);
+    } else {
+      Memory<T, A>::store(p, v);
+    }
+  }
+  static void store_lanes(T* p, V v, int count) {
+    if constexpr (std::is_same_v<T, A>) {
+      put_part<A>(p, v, count);
+    } else {
+      store_part<T, A>(p, v, count);
+    }
+  }
+  bool in_place() const { return p.same_type || !std::is_same_v<T, A>; }
 
   int64_t offset(const Span& s, int64_t n) const { return n * p.sn + s.first; }
 
   // Some rows of samples [n, n + count), as they lie in memory or, in another type or where whole vectors would read
   // beyond the tensor, packed into `room`.
-  View read(const char* from, const Span& s, int64_t n, int64_t count, const Range& rows, A* room) const {
+  View read(const char* from, const Span& s, int64_t n, int64_t count, const Range& rows, T* room) const {
     const int64_t last = (p.N - 1) * p.sn + (p.C - 1) * p.sc + p.P;
     const int64_t end = offset(s, n + count - 1) + (p.C - 1) * p.sc + s.padded;
-    if (p.same_type && end <= last) return {reinterpret_cast<const A*>(from) + offset(s, n), p.sn, p.sc};
-    const RowShape shape = {rows.size(), s.width, p.sc, s.padded, 2 * p.sc};
+    if (in_place() && end <= last) return {reinterpret_cast<const T*>(from) + offset(s, n), p.sn, p.sc};
     for (int64_t i = 0; i < count; ++i) {
-      p.rows.load(from + (offset(s, n + i) + rows.begin * p.sc) * p.rows.size, shape, room + i * s.keys(p.C) + rows.begin * s.padded);
+      const char* row = from + (offset(s, n + i) + rows.begin * p.sc) * p.rows.size;
+      T* to = room + i * s.keys(p.C) + rows.begin * s.padded;
+      if constexpr (std::is_same_v<T, A>) {
+        p.rows.load(row, {rows.size(), s.width, p.sc, s.padded, 2 * p.sc}, to);
+      } else {
+        for (int64_t c = rows.begin; c < rows.end; ++c, row += p.sc * sizeof(T), to += s.padded) {
+          std::memcpy(static_cast<void*>(to), row, s.width * sizeof(T));
+          std::fill(to + s.width, to + s.padded, T{});
+        }
+      }
     }
     return {room, s.keys(p.C), s.padded};
   }
 
   // Where results of samples from n on go: to the output, or to `room` and from there, by `flush`.
   struct Target {
-    A* data;
+    T* data;
     int64_t n, row, whole;  // whole: vectors of a row that are stored as such
     int tail;               // values of the last one
   };
-  Target target(const Span& s, int64_t n, A* room) const {
-    if (!p.same_type) return {room, s.keys(p.C), s.padded, s.padded / L, 0};
-    return {reinterpret_cast<A*>(p.out) + offset(s, n), p.sn, p.sc, s.width / L, int(s.width % L)};
+  Target target(const Span& s, int64_t n, T* room) const {
+    if (!in_place()) return {room, s.keys(p.C), s.padded, s.padded / L, 0};
+    return {reinterpret_cast<T*>(p.out) + offset(s, n), p.sn, p.sc, s.width / L, int(s.width % L)};
   }
-  void flush(const Span& s, int64_t n, int64_t count, const A* room) const {
-    if (p.same_type) return;
-    const RowShape shape = {p.C, s.width, p.sc, s.padded, 0};
-    for (int64_t i = 0; i < count; ++i) p.rows.store(room + i * s.keys(p.C), shape, p.out + offset(s, n + i) * p.rows.size);
+  void flush(const Span& s, int64_t n, int64_t count, const T* room) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (in_place()) return;
+      const RowShape shape = {p.C, s.width, p.sc, s.padded, 0};
+      for (int64_t i = 0; i < count; ++i) p.rows.store(room + i * s.keys(p.C), shape, p.out + offset(s, n + i) * p.rows.size);
+    }
   }
-  A* take_room(const Span& s) const { return task_scratch.take<A>(kSamples * s.keys(p.C)); }
+  T* take_room(const Span& s) const { return task_scratch.take<T>(kSamples * s.keys(p.C)); }
 
   // Row i of a statistic over the span, zeros beyond it.
   void load_row(const Statistic<A>& from, int64_t i, const Span& s, A* to) const {
@@ -1981,7 +2013,7 @@ class Outside {
     for (int u = 0; u < N; ++u) {
       for (int64_t j = 0; j < s.padded; j += L) {
         V total{};
-        for (int64_t c = 0; c < near; ++c) total += get<A>(x.data + u * x.n + c * apart + j);
+        for (int64_t c = 0; c < near; ++c) total += load(x.data + u * x.n + c * apart + j);
         put<A>(f.shift + u * s.apart + j, total * (A(1) / A(near)));
       }
     }
@@ -2011,18 +2043,18 @@ class Outside {
     const int64_t C = p.C, n = x.n, near = std::min(C, std::clamp<int64_t>(C / 8, 4, kNear));
     V shift[N][M] = {}, sum[N][M] = {}, square[N][M] = {};
     for (int64_t c = 0; c < near; ++c) {
-      const A* at = x.data + c * (C / near) * x.row;
-      each<N, M>([&](int u, int m) { shift[u][m] += get<A>(at + u * n + m * L); });
+      const T* at = x.data + c * (C / near) * x.row;
+      each<N, M>([&](int u, int m) { shift[u][m] += load(at + u * n + m * L); });
     }
     each<N, M>([&](int u, int m) { shift[u][m] *= A(1) / A(near); });
-    const A* at = x.data;
+    const T* at = x.data;
     for (int64_t c = 0; c < C; ++c, at += x.row) {
 #pragma GCC unroll 8
       for (int u = 0; u < N; ++u) {
         __builtin_prefetch(at + u * n + 2 * M * L);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-          const V d = get<A>(at + u * n + m * L) - shift[u][m];
+          const V d = load(at + u * n + m * L) - shift[u][m];
           sum[u][m] += d;
           square[u][m] += d * d;
         }
@@ -2070,7 +2102,7 @@ class Outside {
 
   template <int N, int M, class Batch>
   void add_moments(const View& x, const Span& s, int64_t c, Batch& batch, const FeatureSums& f) const {
-    const A* rows = x.data + c * x.row;
+    const T* rows = x.data + c * x.row;
     const int64_t n = x.n, row = x.row, padded = s.padded, apart = s.apart;
     A *shift = f.shift, *sum = f.sum, *square = f.square;
     for (int r = 0; r < M; ++r) batch.begin_row(r);
@@ -2083,9 +2115,9 @@ class Outside {
         V total{}, squares{};
 #pragma GCC unroll 8
         for (int r = 0; r < M; ++r) {
-          const A* at = rows + u * n + r * row + j;
+          const T* at = rows + u * n + r * row + j;
           __builtin_prefetch(at + 2 * row);
-          values[r][u] = get<A>(at);
+          values[r][u] = load(at);
           const V d = values[r][u] - s;
           total += d;
           squares += d * d;
@@ -2102,7 +2134,7 @@ class Outside {
   // The moments of samples over a span, into `batch`; own feature statistics to where they are wanted.
   template <class Batch>
   void take(const Span& s, const Range& samples, Batch& batch, bool with_feature) const {
-    A* room = take_room(s);
+    T* room = take_room(s);
     const FeatureSums all = take_feature_sums(samples.size() * s.apart);
     each_part(s, [&](const Range& rows, bool first, bool last) {
       batch.restart();
@@ -2134,16 +2166,16 @@ class Outside {
     if (in_parts(plan)) squares = task_scratch.take<A>(s.keys(p.C));
     if (!keeps_rests(plan)) total = rest = nullptr;
     const int64_t near = std::min<int64_t>(4, samples.size());
-    const View x = read(p.x, s, samples.begin, near, {0, p.C}, task_scratch.take<A>(near * s.keys(p.C)));
+    const View x = read(p.x, s, samples.begin, near, {0, p.C}, task_scratch.take<T>(near * s.keys(p.C)));
     for (int64_t c = 0; c < p.C; ++c) {
       for (int64_t j = 0; j < s.padded; j += L) {
-        const A* at = x.data + c * x.row + j;
+        const T* at = x.data + c * x.row + j;
         V total{}, far{};
-        for (int64_t i = 0; i < near; ++i) total += get<A>(at + i * x.n);
+        for (int64_t i = 0; i < near; ++i) total += load(at + i * x.n);
         const V mean = total * (A(1) / A(near));
         // Without finer digits than values have that are some deviations away, so that those less this are exact.
         for (int64_t i = 0; i < near; ++i) {
-          const V d = get<A>(at + i * x.n) - mean;
+          const V d = load(at + i * x.n) - mean;
           far += d < 0 ? -d : d;
         }
         put<A>(shift + c * s.padded + j, (mean + far) - far);
@@ -2252,9 +2284,10 @@ class Outside {
       A* shift = task_scratch.take<A>(p.C);
       const View x = read(p.x, s, own.samples.begin, 1, {0, p.C}, take_room(s));
       for (int64_t c = 0; c < p.C; ++c) {
-        A total = 0;
-        for (int64_t j = 0; j < std::min<int64_t>(s.width, 64); ++j) total += x.data[c * x.row + j];
-        shift[c] = total / A(std::min<int64_t>(s.width, 64));
+        const int64_t near = std::min<int64_t>(s.width, 64);
+        V total{};
+        for (int64_t j = 0; j < near; j += L) total += only<A>(load(x.data + c * x.row + j), int(std::min<int64_t>(L, near - j)));
+        shift[c] = sum_all<A>(total) / A(near);
       }
       PerChannel batch{shift, parts[own.task].data(), s};
       take(s, own.samples, batch, !p.feature.known);
@@ -2282,7 +2315,8 @@ class Outside {
       }
       if (offset_b) to_coarse(mean_b + k, rest.mean + k, scale_b + k, offset_b + k, s.padded, A(factor));
     }
-    A *room = take_room(s), *mean_f = task_scratch.take<A>(rows), *rstd_f = task_scratch.take<A>(rows);
+    T* room = take_room(s);
+    A *mean_f = task_scratch.take<A>(rows), *rstd_f = task_scratch.take<A>(rows);
     const bool inline_features = p.feature.own() && !features_known;
     auto group = [&](auto count, int64_t n) {
       const View x = read(p.x, s, n, count, {0, p.C}, room);
@@ -2318,11 +2352,12 @@ class Outside {
       const int64_t end = std::min(first + kPiece, whole);
       for (int64_t c = 0; c < p.C; ++c) {
         const V W = splat<A>(p.W[c]), bias = splat<A>(p.bias[c]);
-        const A *row = from.data + c * from.row, *mb = mean_b + c * padded, *sb = scale_b + c * padded;
+        const T* row = from.data + c * from.row;
+        const A *mb = mean_b + c * padded, *sb = scale_b + c * padded;
         const A* ob = offset_b ? offset_b + c * padded : nullptr;
-        A* y = to.data + c * to.row;
+        T* y = to.data + c * to.row;
         auto value = [&](int64_t j, int u, V m, V scale, V offset) {
-          const V v = get<A>(row + u * from.n + j);
+          const V v = load(row + u * from.n + j);
           return (v - m) * scale + ((v - get<A>(mean_f + u * apart + j)) * get<A>(rstd_f + u * apart + j) * W + offset);
         };
         int64_t j = first;
@@ -2335,11 +2370,11 @@ class Outside {
             values[u] = value(j, u, m, scale, offset);
           }
 #pragma GCC unroll 8
-          for (int u = 0; u < N; ++u) put<A>(y + u * to.n + j, values[u], past_caches);
+          for (int u = 0; u < N; ++u) store(y + u * to.n + j, values[u], past_caches);
         }
         if (end == whole && to.tail) {
           const V offset = ob ? bias + get<A>(ob + j) : bias;
-          for (int u = 0; u < N; ++u) put_part<A>(y + u * to.n + j, value(j, u, get<A>(mb + j), get<A>(sb + j), offset), to.tail);
+          for (int u = 0; u < N; ++u) store_lanes(y + u * to.n + j, value(j, u, get<A>(mb + j), get<A>(sb + j), offset), to.tail);
         }
       }
     }
@@ -2476,10 +2511,10 @@ class Outside {
         V sum{}, deviation{};
 #pragma GCC unroll 8
         for (int r = 0; r < M; ++r) {
-          const A *x_at = from.data + u * from.n + (c + r) * from.row + j, *g_at = gradient.data + u * gradient.n + (c + r) * gradient.row + j;
+          const T *x_at = from.data + u * from.n + (c + r) * from.row + j, *g_at = gradient.data + u * gradient.n + (c + r) * gradient.row + j;
           __builtin_prefetch(x_at + 2 * from.row);
           __builtin_prefetch(g_at + 2 * gradient.row);
-          const V xv = xs[r][u] = get<A>(x_at), gv = gs[r][u] = get<A>(g_at);
+          const V xv = xs[r][u] = load(x_at), gv = gs[r][u] = load(g_at);
           const V d = xv - center, gw = gv * W[r];
           sum += gw;
           deviation += gw * d;
@@ -2504,7 +2539,8 @@ class Outside {
   template <class Batch>
   void reduce_samples(const Span& s, const Range& samples, bool missing_f, Batch& batch, const FeatureTerms& all, int64_t task) {
     const int64_t rows = kSamples * s.apart;
-    A *room = take_room(s), *room_g = take_room(s), *used = task_scratch.take<A>(rows), *offsets = task_scratch.take<A>(samples.size() * s.apart);
+    T *room = take_room(s), *room_g = take_room(s);
+    A *used = task_scratch.take<A>(rows), *offsets = task_scratch.take<A>(samples.size() * s.apart);
     each_part(s, [&](const Range& part, bool first, bool last) {
       each_group<kGradients>(samples, [&](auto count, int64_t n) {
         const int64_t at = (n - samples.begin) * s.apart;
@@ -2625,7 +2661,7 @@ class Outside {
   }
 
   void differentiate(const Span& s, const Range& samples, const BatchTerms& b, const FeatureTerms& f) const {
-    A *room = take_room(s), *room_g = take_room(s);
+    T *room = take_room(s), *room_g = take_room(s);
     each_group_backwards<kGradients>(samples, [&](auto count, int64_t n) {
       const View x = read(p.x, s, n, count, {0, p.C}, room), g = read(p.g, s, n, count, {0, p.C}, room_g);
       differentiate_some<count>(x, g, target(s, n, room_g), s, b, f.at((n - samples.begin) * s.apart));
@@ -2645,11 +2681,11 @@ class Outside {
       const int64_t end = std::min(first + kPiece, whole);
       for (int64_t c = 0; c < p.C; ++c) {
         const V W = splat<A>(p.W[c] * p.w_f);
-        const A *row = from.data + c * from.row, *row_g = gradient.data + c * gradient.row;
+        const T *row = from.data + c * from.row, *row_g = gradient.data + c * gradient.row;
         const BatchTerms b = shift(terms, c * padded);
-        A* dx = to.data + c * to.row;
+        T* dx = to.data + c * to.row;
         auto value = [&](int64_t j, int u, V center, V scale, V slope, V offset) {
-          const V xv = get<A>(row + u * from.n + j), gv = get<A>(row_g + u * gradient.n + j);
+          const V xv = load(row + u * from.n + j), gv = load(row_g + u * gradient.n + j);
           const int64_t k = u * apart + j;
           return gv * (scale + get<A>(f.rstd + k) * W) - (xv - center) * slope - (xv - get<A>(f.center + k)) * get<A>(f.slope + k) - (offset + get<A>(f.base + k));
         };
@@ -2664,11 +2700,11 @@ class Outside {
             values[u] = value(j, u, center, scale, slope, offset);
           }
 #pragma GCC unroll 8
-          for (int u = 0; u < N; ++u) put<A>(dx + u * to.n + j, values[u], past_caches);
+          for (int u = 0; u < N; ++u) store(dx + u * to.n + j, values[u], past_caches);
         }
         if (end == whole && to.tail) {
           const V center = get<A>(b.center + j), scale = get<A>(b.scale + j), slope = get<A>(b.slope + j), offset = get<A>(b.offset + j);
-          for (int u = 0; u < N; ++u) put_part<A>(dx + u * to.n + j, value(j, u, center, scale, slope, offset), to.tail);
+          for (int u = 0; u < N; ++u) store_lanes(dx + u * to.n + j, value(j, u, center, scale, slope, offset), to.tail);
         }
       }
     }
@@ -2741,36 +2777,38 @@ class Outside {
   }
 };
 
-// The file is compiled three times, side by side, and linked: LIGHTNING_BLN_PART says which engines an object holds. The
+// The file is compiled several times, side by side, and linked: LIGHTNING_BLN_PART says which engines an object holds. The
 // first one holds everything else besides.
 template <class A, bool FeaturesInside>
 void run(Problem<A>& p, bool backward);
+void run_brain(Problem<float>& p, bool backward);  // features outside, in bfloat16
 
-template <class A, bool FeaturesInside>
+template <class Engine, class A>
 void run_here(Problem<A>& p, bool backward) {
-  using Chosen = std::conditional_t<FeaturesInside, Inside<A>, Outside<A>>;
-  Chosen engine(p);
+  Engine engine(p);
   backward ? engine.backward() : engine.forward();
 }
 
 #if LIGHTNING_BLN_PART == 1
 template <>
 void run<float, true>(Problem<float>& p, bool backward) {
-  run_here<float, true>(p, backward);
+  run_here<Inside<float>>(p, backward);
 }
 #elif LIGHTNING_BLN_PART == 2
 template <>
 void run<double, true>(Problem<double>& p, bool backward) {
-  run_here<double, true>(p, backward);
+  run_here<Inside<double>>(p, backward);
 }
 template <>
 void run<double, false>(Problem<double>& p, bool backward) {
-  run_here<double, false>(p, backward);
+  run_here<Outside<double, double>>(p, backward);
 }
+#elif LIGHTNING_BLN_PART == 3
+void run_brain(Problem<float>& p, bool backward) { run_here<Outside<float, Brain>>(p, backward); }
 #else
 template <>
 void run<float, false>(Problem<float>& p, bool backward) {
-  run_here<float, false>(p, backward);
+  p.brain ? run_brain(p, backward) : run_here<Outside<float, float>>(p, backward);
 }
 template <>
 void run<float, true>(Problem<float>& p, bool backward);
@@ -2929,12 +2967,12 @@ class Given {
 template <class A>
 struct Format {
   Rows<A> rows;
-  bool same_type;
+  bool same_type, brain;
 };
 
 template <class T, class A>
 Format<A> format_of() {
-  return {{load_rows<T, A>, store_rows<T, A>, int64_t(sizeof(T))}, std::is_same_v<T, A>};
+  return {{load_rows<T, A>, store_rows<T, A>, int64_t(sizeof(T))}, std::is_same_v<T, A>, std::is_same_v<T, Brain>};
 }
 
 template <class A>
@@ -2947,6 +2985,7 @@ void set_up(Problem<A>& p, const Format<A>& format, const Input& in, const Optio
   p.sp = in.sp;
   p.per_channel = per_channel;
   p.same_type = format.same_type;
+  p.brain = format.brain;
   p.eps = A(eps);
   int64_t nominal = in.N;
   if (batch_size) {
@@ -3166,7 +3205,7 @@ auto with_types(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return f(float(), float());
     case ScalarType::Double: return f(double(), double());
-    case ScalarType::BFloat16: return f(BFloat16(), float());
+    case ScalarType::BFloat16: return f(Brain(), float());
     case ScalarType::Half: return f(Half(), float());
     default: STD_TORCH_CHECK(false, "Batch layer normalization needs float32, float64, bfloat16 or float16; call it with x.float(), say.");
   }
