@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_bln.flags import FlagsLike, StatFlags
-from lightning_bln.ops import Population, Statistics, batch_layer_norm, check_eps, cpu, feature_axis, library
+from lightning_bln.ops import Population, Statistics, check_eps, cpu, feature_axis, library
 from lightning_bln.ops.reference import accumulation_dtype, expand_batch
 
 RUNNING = ("running_batch_mean", "running_batch_var", "running_feature_mean", "running_feature_var")
@@ -229,16 +229,12 @@ class BatchLayerNorm(nn.Module):
                 group=self.process_group,
             )
         else:
-            y, own = batch_layer_norm(
-                x,
-                weight,
-                bias,
-                feature_dim=axis,
-                batch_size=batch_size,
-                eps=self.eps,
-                statistics=self.statistics,
-                return_statistics=True,
+            # The op itself: what `batch_layer_norm` would check is checked.
+            check_eps(self.eps)
+            y, *statistics = library.run(
+                x, weight, bias, *Population(), batch_size, axis, self.statistics == "per_channel", self.eps
             )
+            own = Statistics(*statistics)
         if x.shape[0] == 0 and _world_size() > 1 and not self.has_population:
             self._make_buffers(own)
         if x.numel() > 0 and (self.population != "precise" or self._refreshing) and not recomputing():
@@ -424,27 +420,31 @@ class BatchLayerNorm(nn.Module):
         """
         if torch.compiler.is_compiling() or not x.is_cpu or isinstance(samples, Tensor) or not cpu.load():
             return False
-        # As the buffers are to be: feature statistics without the samples, and per channel without the positions.
-        feature = own.feature_mean[0] if self.statistics == "per_position" else own.feature_mean.view(-1)[0]
-        news = (own.batch_mean, own.batch_var, feature, feature)
         buffers: list[Tensor] = [getattr(self, name) for name in RUNNING]
-        cumulative = self.population != "ema" or self._refreshing or all(running.numel() == 0 for running in buffers)
-        # The first batch of an average overwrites what was there, whatever its size.
-        overwrites = cumulative and int(self.num_samples) == 0
-        if self.feature_population == "slot" or any(
-            running.dtype != new.dtype or not (overwrites or running.shape == new.shape)
-            for running, new in zip(buffers, news, strict=True)
-        ):
+        cumulative = self.population != "ema" or self._refreshing
+        if self.feature_population == "slot":
             return False
-        for i, (running, new) in enumerate(zip(buffers, news, strict=True)):
-            if running.stride() == new.stride() and running.shape == new.shape:
-                continue
-            # Fresh, or loaded, or of another memory format: in the layout of what comes from now on.
-            with torch.inference_mode(False):
-                buffers[i] = torch.empty_like(new)
-                if running.shape == new.shape:
-                    buffers[i].copy_(running)
-            setattr(self, RUNNING[i], buffers[i])
+        if not self._as_own(buffers, own):
+            # As the buffers are to be: feature statistics without the samples, and per channel without the positions.
+            feature = own.feature_mean[0] if self.statistics == "per_position" else own.feature_mean.view(-1)[0]
+            news = (own.batch_mean, own.batch_var, feature, feature)
+            cumulative = cumulative or all(running.numel() == 0 for running in buffers)
+            # The first batch of an average overwrites what was there, whatever its size.
+            overwrites = cumulative and int(self.num_samples) == 0
+            if any(
+                running.dtype != new.dtype or not (overwrites or running.shape == new.shape)
+                for running, new in zip(buffers, news, strict=True)
+            ):
+                return False
+            for i, (running, new) in enumerate(zip(buffers, news, strict=True)):
+                if running.stride() == new.stride() and running.shape == new.shape:
+                    continue
+                # Fresh, or loaded, or of another memory format: in the layout of what comes from now on.
+                with torch.inference_mode(False):
+                    buffers[i] = torch.empty_like(new)
+                    if running.shape == new.shape:
+                        buffers[i].copy_(running)
+                setattr(self, RUNNING[i], buffers[i])
         torch.ops.lightning_bln.accumulate_statistics(
             *buffers,
             self.num_samples,
@@ -456,6 +456,20 @@ class BatchLayerNorm(nn.Module):
             self.batch_size is not None,
         )
         return True
+
+    def _as_own(self, buffers: list[Tensor], own: Statistics) -> bool:
+        """Whether the buffers are, in memory, what a mini-batch with these statistics needs, as they most often are."""
+        batch_mean, batch_var, feature_mean, feature_var = buffers
+        mean, feature = own.batch_mean, own.feature_mean
+        per_position = self.statistics == "per_position"
+        shape, stride = (feature.shape[1:], feature.stride()[1:]) if per_position else ((), ())
+        return (
+            batch_mean.dtype == batch_var.dtype == feature_mean.dtype == feature_var.dtype == mean.dtype
+            and batch_mean.shape == batch_var.shape == mean.shape
+            and batch_mean.stride() == batch_var.stride() == mean.stride()
+            and feature_mean.shape == feature_var.shape == shape
+            and feature_mean.stride() == feature_var.stride() == stride
+        )
 
     @torch.no_grad()
     def _make_buffers(self, own: Statistics) -> None:

@@ -227,6 +227,7 @@ def _worth_saving(x: Tensor, own: tuple[Tensor, ...]) -> list[Tensor]:
     None are saved by a graph that is compiled for any size: it must not be compiled again for the other answer.
     """
     left = SAVED_SHARE * x.numel() * x.element_size() if isinstance(x.numel(), int) else -1.0
+    nothing = own[0].new_empty(0)
     kept: list[Tensor] = []
     for mean, var in (own[:2], own[2:]):
         sizes = [stat.numel() * stat.element_size() for stat in (mean, var)]
@@ -234,10 +235,10 @@ def _worth_saving(x: Tensor, own: tuple[Tensor, ...]) -> list[Tensor]:
             kept += [mean, var]
             left -= sum(sizes)
         elif not kept and sizes[0] <= left:
-            kept += [mean, x.new_empty(0, dtype=var.dtype)]
+            kept += [mean, nothing]
             left -= sizes[0]
         else:
-            kept += [x.new_empty(0, dtype=mean.dtype), x.new_empty(0, dtype=var.dtype)]
+            kept += [nothing, nothing]
     return kept
 
 
