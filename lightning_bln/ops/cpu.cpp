@@ -263,15 +263,15 @@ struct Memory {
 };
 
 // A bfloat16 as it lies in memory.
-struct Brain {
+struct BrainFloat {
   uint16_t bits;
 };
 
 template <>
-struct Memory<Brain, float> {
+struct Memory<BrainFloat, float> {
   using Bits = VectorOf<float>::bits;
   using HalfBits = VectorOf<float>::half_bits;
-  static Vec<float> load(const Brain* p) {
+  static Vec<float> load(const BrainFloat* p) {
     HalfBits half;
     std::memcpy(&half, p, sizeof half);
     const Bits bits = __builtin_convertvector(half, Bits) << 16;
@@ -279,7 +279,7 @@ struct Memory<Brain, float> {
     std::memcpy(&v, &bits, sizeof v);
     return v;
   }
-  static void store(Brain* p, Vec<float> v) {
+  static void store(BrainFloat* p, Vec<float> v) {
     Bits bits;
     std::memcpy(&bits, &v, sizeof v);
     Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
@@ -537,7 +537,7 @@ template <class A>
 struct Problem {
   int64_t N, C, P;
   int64_t sn, sc, sp;  // element strides of x, y and their gradients
-  bool per_channel, same_type, brain;  // same_type: x's type is A; brain: it is bfloat16
+  bool per_channel, same_type, is_bfloat16;  // same_type: x is of type A
   bool past_caches = false;     // results are stored so, see put
   A eps, w_f, w_b, scale;  // scale = 1 / sqrt(C)
   double exact_w_b;
@@ -815,8 +815,8 @@ struct Block {
         reduce_some<columns>(x + at + c, g + at + c, count, center_b + key + c, p.W + c, sums.at(key + c), terms, of, c == 0);
       });
       of.each(count, [&](int64_t i, V sum, V deviation) {
-        put_column(terms.sum, i, sum * p.w_f, count, width);
-        put_column(terms.sum_deviation, i, deviation * p.w_f, count, width);
+        put_column(terms.sum, i, sum * p.w_f, count);
+        put_column(terms.sum_deviation, i, deviation * p.w_f, count);
       });
     });
   }
@@ -884,18 +884,19 @@ struct Block {
     }
   };
 
-  // A row's values for samples from i on, of `count`, into an array of `width` values a slab.
-  static void put_column(A* to, int64_t i, V v, int64_t count, int64_t apart) {
-    if (apart == 1 && i + L <= count) return put<A>(to + i, v);
+  // One value of each sample from i on, of `count`, into an array of `width` values a slab.
+  void put_column(A* to, int64_t i, V v, int64_t count) const {
+    if (width == 1 && i + L <= count) return put<A>(to + i, v);
     A lanes[L];
     put<A>(lanes, v);
-    to += i * apart;
-    for (int64_t j = 0; j < std::min<int64_t>(L, count - i); ++j, to += apart) *to = lanes[j];
+    to += i * width;
+    for (int64_t j = 0; j < std::min<int64_t>(L, count - i); ++j, to += width) *to = lanes[j];
   }
 
   // Sums over the first features of each of at most kLanes rows, `Sums` of them, of what `term(row, c, terms)` gives for U
   // slabs, after begin(row); lanes beyond those features count nothing. Then done(slab, sums): a vector holds one sum of
   // all rows.
+  // Always inlined: what the functions refer to would be read from memory for every vector else.
   template <int U, int Sums, class Begin, class Term, class Done>
   __attribute__((always_inline)) void row_sums(const Range& range, int64_t features, const Begin& begin, const Term& term, const Done& done) const {
     const int64_t whole = features / L * L, first = range.begin;
@@ -1380,9 +1381,11 @@ class Inside {
     const A mean_own = p.batch.mean.data ? A(0) : inverse, var_own = p.batch.var.data ? A(0) : inverse;
     // What rounding left in the center, which is the own mean: sums over many samples need it if the mean is large.
     const A residue = p.batch.own() ? inverse : A(0), residue_of_mean = p.batch.mean.data ? A(0) : residue;
-    for (int64_t k = 0; k < b.keys && t.sums.square; k += L) {
-      const V d = get<A>(t.sums.d + k) * inverse;
-      put<A>(t.rstd + k, get<A>(t.sums.square + k) * inverse - d * d);
+    if (t.sums.square) {
+      for (int64_t k = 0; k < b.keys; k += L) {
+        const V d = get<A>(t.sums.d + k) * inverse;
+        put<A>(t.rstd + k, get<A>(t.sums.square + k) * inverse - d * d);
+      }
     }
     to_rstd(t.rstd, t.rstd, b.keys, p.eps);
     const bool other = p.batch.own() && p.batch.mean.data;
@@ -2781,7 +2784,7 @@ class Outside {
 // first one holds everything else besides.
 template <class A, bool FeaturesInside>
 void run(Problem<A>& p, bool backward);
-void run_brain(Problem<float>& p, bool backward);  // features outside, in bfloat16
+void run_bfloat16(Problem<float>& p, bool backward);  // features outside, in bfloat16
 
 template <class Engine, class A>
 void run_here(Problem<A>& p, bool backward) {
@@ -2804,11 +2807,11 @@ void run<double, false>(Problem<double>& p, bool backward) {
   run_here<Outside<double, double>>(p, backward);
 }
 #elif LIGHTNING_BLN_PART == 3
-void run_brain(Problem<float>& p, bool backward) { run_here<Outside<float, Brain>>(p, backward); }
+void run_bfloat16(Problem<float>& p, bool backward) { run_here<Outside<float, BrainFloat>>(p, backward); }
 #else
 template <>
 void run<float, false>(Problem<float>& p, bool backward) {
-  p.brain ? run_brain(p, backward) : run_here<Outside<float, float>>(p, backward);
+  p.is_bfloat16 ? run_bfloat16(p, backward) : run_here<Outside<float, float>>(p, backward);
 }
 template <>
 void run<float, true>(Problem<float>& p, bool backward);
@@ -2967,12 +2970,12 @@ class Given {
 template <class A>
 struct Format {
   Rows<A> rows;
-  bool same_type, brain;
+  bool same_type, is_bfloat16;
 };
 
 template <class T, class A>
 Format<A> format_of() {
-  return {{load_rows<T, A>, store_rows<T, A>, int64_t(sizeof(T))}, std::is_same_v<T, A>, std::is_same_v<T, Brain>};
+  return {{load_rows<T, A>, store_rows<T, A>, int64_t(sizeof(T))}, std::is_same_v<T, A>, std::is_same_v<T, BrainFloat>};
 }
 
 template <class A>
@@ -2985,7 +2988,7 @@ void set_up(Problem<A>& p, const Format<A>& format, const Input& in, const Optio
   p.sp = in.sp;
   p.per_channel = per_channel;
   p.same_type = format.same_type;
-  p.brain = format.brain;
+  p.is_bfloat16 = format.is_bfloat16;
   p.eps = A(eps);
   int64_t nominal = in.N;
   if (batch_size) {
@@ -3205,7 +3208,7 @@ auto with_types(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return f(float(), float());
     case ScalarType::Double: return f(double(), double());
-    case ScalarType::BFloat16: return f(Brain(), float());
+    case ScalarType::BFloat16: return f(BrainFloat(), float());
     case ScalarType::Half: return f(Half(), float());
     default: STD_TORCH_CHECK(false, "Batch layer normalization needs float32, float64, bfloat16 or float16; call it with x.float(), say.");
   }
