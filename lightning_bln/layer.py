@@ -168,7 +168,11 @@ class BatchLayerNorm(nn.Module):
         if self.training:
             y = self._forward_training(view, axis, weight, bias)
         else:
-            y = library.infer(*self._arguments(view, axis, weight, bias, self._population_for(view, axis)))
+            y = library.infer(
+                *self._arguments(
+                    view, axis, weight, bias, self._population_for(view, axis), _constant(self.nominal_batch_size)
+                )
+            )
         return self._as_given(y, x)
 
     def own_statistics(self, x: Tensor) -> Statistics:
@@ -181,7 +185,7 @@ class BatchLayerNorm(nn.Module):
             All four, with biased variances.
         """
         view, axis = self._as_samples_first(x)
-        return Statistics(*library.run(*self._arguments(view, axis, None, None, Population()))[1:])
+        return Statistics(*library.run(*self._arguments(view, axis, None, None, Population(), None))[1:])
 
     def normalize_with(self, x: Tensor, own: Statistics) -> Tensor:
         """What `forward` returns in eval mode, the mini-batch's statistics being known: for several flags on one input.
@@ -198,15 +202,22 @@ class BatchLayerNorm(nn.Module):
         view, axis = self._as_samples_first(x)
         chosen = self._population_for(view, axis)
         given = Population(*(mine if kept is None else kept for mine, kept in zip(own, chosen, strict=True)))
-        y = library.infer(*self._arguments(view, axis, *self._affine(view, axis), given))
+        y = library.infer(
+            *self._arguments(view, axis, *self._affine(view, axis), given, _constant(self.nominal_batch_size))
+        )
         return self._as_given(y, x)
 
     def _arguments(
-        self, view: Tensor, axis: int, weight: Tensor | None, bias: Tensor | None, population: Population
+        self,
+        view: Tensor,
+        axis: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        population: Population,
+        batch_size: Tensor | None,
     ) -> tuple[Any, ...]:
         """Of the op itself: all that `batch_layer_norm` would check is checked, at a third of a small input's cost."""
         check_eps(self.eps)
-        batch_size = _constant(self.nominal_batch_size)
         return view, weight, bias, *population, batch_size, axis, self.statistics == "per_channel", self.eps
 
     def _forward_training(self, x: Tensor, axis: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -229,11 +240,7 @@ class BatchLayerNorm(nn.Module):
                 group=self.process_group,
             )
         else:
-            # The op itself: what `batch_layer_norm` would check is checked.
-            check_eps(self.eps)
-            y, *statistics = library.run(
-                x, weight, bias, *Population(), batch_size, axis, self.statistics == "per_channel", self.eps
-            )
+            y, *statistics = library.run(*self._arguments(x, axis, weight, bias, Population(), batch_size))
             own = Statistics(*statistics)
         if x.shape[0] == 0 and _world_size() > 1 and not self.has_population:
             self._make_buffers(own)
@@ -421,28 +428,28 @@ class BatchLayerNorm(nn.Module):
         if torch.compiler.is_compiling() or not x.is_cpu or isinstance(samples, Tensor) or not cpu.load():
             return False
         buffers: list[Tensor] = [getattr(self, name) for name in RUNNING]
-        cumulative = self.population != "ema" or self._refreshing
-        if self.feature_population == "slot":
+        if self.feature_population == "slot" or any(running.dtype != own.batch_mean.dtype for running in buffers):
             return False
-        if not self._as_own(buffers, own):
-            # As the buffers are to be: feature statistics without the samples, and per channel without the positions.
-            feature = own.feature_mean[0] if self.statistics == "per_position" else own.feature_mean.view(-1)[0]
-            news = (own.batch_mean, own.batch_var, feature, feature)
+        cumulative = self.population != "ema" or self._refreshing
+        # As the buffers are to be: feature statistics without the samples, and per channel without the positions.
+        of_batch = (own.batch_mean.shape, own.batch_mean.stride())
+        of_feature: tuple[Any, Any] = ((), ())
+        if self.statistics == "per_position":
+            of_feature = (own.feature_mean.shape[1:], own.feature_mean.stride()[1:])
+        layouts = (of_batch, of_batch, of_feature, of_feature)
+        others = [i for i in range(4) if (buffers[i].shape, buffers[i].stride()) != layouts[i]]
+        if others:
             cumulative = cumulative or all(running.numel() == 0 for running in buffers)
             # The first batch of an average overwrites what was there, whatever its size.
             overwrites = cumulative and int(self.num_samples) == 0
-            if any(
-                running.dtype != new.dtype or not (overwrites or running.shape == new.shape)
-                for running, new in zip(buffers, news, strict=True)
-            ):
+            if not overwrites and any(buffers[i].shape != layouts[i][0] for i in others):
                 return False
-            for i, (running, new) in enumerate(zip(buffers, news, strict=True)):
-                if running.stride() == new.stride() and running.shape == new.shape:
-                    continue
+            for i in others:
                 # Fresh, or loaded, or of another memory format: in the layout of what comes from now on.
+                running = buffers[i]
                 with torch.inference_mode(False):
-                    buffers[i] = torch.empty_like(new)
-                    if running.shape == new.shape:
+                    buffers[i] = own.batch_mean.new_empty_strided(*layouts[i])
+                    if running.shape == buffers[i].shape:
                         buffers[i].copy_(running)
                 setattr(self, RUNNING[i], buffers[i])
         torch.ops.lightning_bln.accumulate_statistics(
@@ -456,20 +463,6 @@ class BatchLayerNorm(nn.Module):
             self.batch_size is not None,
         )
         return True
-
-    def _as_own(self, buffers: list[Tensor], own: Statistics) -> bool:
-        """Whether the buffers are, in memory, what a mini-batch with these statistics needs, as they most often are."""
-        batch_mean, batch_var, feature_mean, feature_var = buffers
-        mean, feature = own.batch_mean, own.feature_mean
-        per_position = self.statistics == "per_position"
-        shape, stride = (feature.shape[1:], feature.stride()[1:]) if per_position else ((), ())
-        return (
-            batch_mean.dtype == batch_var.dtype == feature_mean.dtype == feature_var.dtype == mean.dtype
-            and batch_mean.shape == batch_var.shape == mean.shape
-            and batch_mean.stride() == batch_var.stride() == mean.stride()
-            and feature_mean.shape == feature_var.shape == shape
-            and feature_mean.stride() == feature_var.stride() == stride
-        )
 
     @torch.no_grad()
     def _make_buffers(self, own: Statistics) -> None:

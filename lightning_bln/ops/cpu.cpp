@@ -214,23 +214,6 @@ inline Vec<A> only(Vec<A> v, int count) {
   return first_lanes<A>(v, count, std::make_index_sequence<size_t(kLanes<A>)>());
 }
 
-// The first `count` lanes, fewer than all, to memory.
-template <class A, int Width = kLanes<A> / 2>
-inline void put_lanes(A* p, const A* lanes, int count) {
-  if (count & Width) {
-    std::memcpy(p, lanes, Width * sizeof(A));
-    p += Width;
-    lanes += Width;
-  }
-  if constexpr (Width > 1) put_lanes<A, Width / 2>(p, lanes, count);
-}
-template <class A>
-inline void put_part(A* p, Vec<A> v, int count) {
-  A lanes[kLanes<A>];
-  put<A>(lanes, v);
-  put_lanes<A>(p, lanes, count);
-}
-
 // Lane i of the result takes partial sums from the first vector where bit `Width` of i is 0, else from the second.
 template <class A, int Width, size_t... I>
 inline Vec<A> add_pairs(Vec<A> first, Vec<A> second, std::index_sequence<I...>) {
@@ -327,11 +310,21 @@ inline Vec<A> load_part(const T* p, int count) {
   return Memory<T, A>::load(padded);
 }
 
+// The first `count` of fewer than 2 * Width lanes.
+template <int Width, class T>
+inline void store_lanes(T* p, const T* lanes, int count) {
+  if (count & Width) {
+    std::memcpy(static_cast<void*>(p), lanes, Width * sizeof(T));
+    p += Width;
+    lanes += Width;
+  }
+  if constexpr (Width > 1) store_lanes<Width / 2>(p, lanes, count);
+}
 template <class T, class A>
 inline void store_part(T* p, Vec<A> v, int count) {
-  T padded[kLanes<A>];
-  Memory<T, A>::store(padded, v);
-  std::memcpy(static_cast<void*>(p), padded, count * sizeof(T));
+  T lanes[kLanes<A>];
+  Memory<T, A>::store(lanes, v);
+  store_lanes<kLanes<A> / 2>(p, lanes, count);
 }
 
 // ------------------------------------------------------------------------------------------------ memory and tasks
@@ -801,7 +794,10 @@ struct Block {
     std::array<A*, 5> all() const { return {g, gd, gf, d, square}; }
     BatchSums at(int64_t k) const { return {g + k, gd + k, gf + k, d + k, square ? square + k : nullptr}; }
     void add(const BatchSums& other, int64_t keys) const {
-      for (auto [to, from] : {std::pair(g, other.g), std::pair(gd, other.gd), std::pair(gf, other.gf), std::pair(d, other.d)}) add_all(to, from, keys);
+      const auto totals = all(), parts = other.all();
+      for (size_t i = 0; i < parts.size(); ++i) {
+        if (parts[i]) add_all(totals[i], parts[i], keys);
+      }
     }
   };
 
@@ -943,7 +939,7 @@ struct Block {
 
   static void put_rows(A* to, V v, const Range& rows) {
     if (rows.size() == L) return put<A>(to, v);
-    put_part<A>(to, v, int(rows.size()));
+    store_part<A, A>(to, v, int(rows.size()));
   }
 
   // In the passes below, sizes and pointers are copied to local variables first: stores through A* could otherwise be
@@ -1855,13 +1851,6 @@ class Outside {
       Memory<T, A>::store(p, v);
     }
   }
-  static void store_lanes(T* p, V v, int count) {
-    if constexpr (std::is_same_v<T, A>) {
-      put_part<A>(p, v, count);
-    } else {
-      store_part<T, A>(p, v, count);
-    }
-  }
   bool in_place() const { return p.same_type || !std::is_same_v<T, A>; }
 
   int64_t offset(const Span& s, int64_t n) const { return n * p.sn + s.first; }
@@ -2286,8 +2275,8 @@ class Outside {
     each_span(plan, [&](const Span& s, const Share& own) {
       A* shift = task_scratch.take<A>(p.C);
       const View x = read(p.x, s, own.samples.begin, 1, {0, p.C}, take_room(s));
+      const int64_t near = std::min<int64_t>(s.width, 64);
       for (int64_t c = 0; c < p.C; ++c) {
-        const int64_t near = std::min<int64_t>(s.width, 64);
         V total{};
         for (int64_t j = 0; j < near; j += L) total += only<A>(load(x.data + c * x.row + j), int(std::min<int64_t>(L, near - j)));
         shift[c] = sum_all<A>(total) / A(near);
@@ -2377,7 +2366,7 @@ class Outside {
         }
         if (end == whole && to.tail) {
           const V offset = ob ? bias + get<A>(ob + j) : bias;
-          for (int u = 0; u < N; ++u) store_lanes(y + u * to.n + j, value(j, u, get<A>(mb + j), get<A>(sb + j), offset), to.tail);
+          for (int u = 0; u < N; ++u) store_part<T, A>(y + u * to.n + j, value(j, u, get<A>(mb + j), get<A>(sb + j), offset), to.tail);
         }
       }
     }
@@ -2707,7 +2696,7 @@ class Outside {
         }
         if (end == whole && to.tail) {
           const V center = get<A>(b.center + j), scale = get<A>(b.scale + j), slope = get<A>(b.slope + j), offset = get<A>(b.offset + j);
-          for (int u = 0; u < N; ++u) store_lanes(dx + u * to.n + j, value(j, u, center, scale, slope, offset), to.tail);
+          for (int u = 0; u < N; ++u) store_part<T, A>(dx + u * to.n + j, value(j, u, center, scale, slope, offset), to.tail);
         }
       }
     }
