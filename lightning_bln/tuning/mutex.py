@@ -6,6 +6,8 @@ import contextlib
 import logging
 import random
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -68,16 +70,17 @@ class Mutex:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Wait for it, hold it inside, give it back.
+        """Wait for it, hold it inside, give it back; Ctrl-C inside takes effect after that.
 
         Raises:
             MutexLostError: From `check` and `note` inside, if it was broken meanwhile.
         """
         self._acquire()
-        try:
-            yield
-        finally:
-            self._release()
+        with _interrupted_afterwards():
+            try:
+                yield
+            finally:
+                self._release()
 
     def tidy(self) -> None:
         """Remove what a holder that was killed has left, which would stay if nobody needed it any more."""
@@ -178,3 +181,24 @@ def _without_its_own_log_line(name: str) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(other)
+
+
+@contextlib.contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C inside takes effect at the end.
+
+    In the middle of a query it would leave SQLite's file locked for as long as the exception is handled, so that giving
+    trials and the mutex back waited for itself until the database's timeout.
+    """
+    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    if not callable(handler):
+        yield
+        return
+    pressed: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: pressed.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            handler(*pressed[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -74,6 +75,27 @@ def test_it_is_given_back_after_an_error():
         raise RuntimeError("inside")
     with Mutex(storage, "a", worker_name()).hold():
         pass
+
+
+def test_ctrl_c_while_it_is_held_takes_effect_after_it(storages: Callable[[], BaseStorage]):
+    mutex, finished = Mutex(storages(), "study", worker_name()), []
+
+    def work() -> None:
+        with mutex.hold():
+            signal.raise_signal(signal.SIGINT)
+            mutex.check()
+            finished.append(True)
+
+    handler = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert finished
+    assert "study (lock)" not in [study.study_name for study in mutex.storage.get_all_studies()]
 
 
 def test_a_holder_that_ended_is_not_waited_for(caplog: pytest.LogCaptureFixture):
