@@ -215,13 +215,19 @@ inline Vec<A> only(Vec<A> v, int count) {
   return first_lanes<A>(v, count, std::make_index_sequence<size_t(kLanes<A>)>());
 }
 
-// Lane i of the result takes partial sums from the first vector where bit `Width` of i is 0, else from the second.
+// Partial sums of two vectors' lanes, those of the first and of the second in turns of `Width` lanes: within 128 bits,
+// where lanes move at the least cost, then 128 bits at a time.
 template <class A, int Width, size_t... I>
 inline Vec<A> add_pairs(Vec<A> first, Vec<A> second, std::index_sequence<I...>) {
   using Bits = typename VectorOf<A>::bits;
-  const Bits low = {((I & Width) ? kLanes<A> + (I & ~size_t(Width)) : I)...};
-  const Bits high = {((I & Width) ? kLanes<A> + I : I + Width)...};
-  return __builtin_shuffle(first, second, low) + __builtin_shuffle(first, second, high);
+  constexpr size_t K = kLanes<A>, W = Width, part = 16 / sizeof(A);
+  if constexpr (W < part) {  // [f0 s0 f1 s1] + [f2 s2 f3 s3]
+    const Bits low = {(I / W % 2 * K + I / part * part + I % part / (2 * W) * W + I % W)...};
+    return __builtin_shuffle(first, second, low) + __builtin_shuffle(first, second, low + unsigned(part / 2));
+  } else {  // [f0 f2 s0 s2] + [f1 f3 s1 s3]
+    const Bits low = {(2 * (I / part) * part + I % part)...};
+    return __builtin_shuffle(first, second, low) + __builtin_shuffle(first, second, low + unsigned(part));
+  }
 }
 
 // The sums over the lanes of kLanes vectors, as one vector: a tree of pairwise additions.
@@ -236,6 +242,21 @@ inline Vec<A> sum_each(Vec<A>* v) {
     }
     return sum_each<A, 2 * Width>(v);
   }
+}
+
+// 1 / sqrt(v), to the last digit or the one before.
+template <class A>
+inline Vec<A> inverse_root(Vec<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {  // 14 bits and a step of Newton's: a third of the time
+    const Vec<A> root = (Vec<A>)_mm512_rsqrt14_ps((__m512)v);
+    return root + finite<A>(root * (A(0.5) - v * A(0.5) * root * root));  // of 0 and infinity it is exact
+  }
+#endif
+  A values[kLanes<A>];
+  put<A>(values, v);
+  for (A& value : values) value = A(1) / std::sqrt(value);
+  return get<A>(values);
 }
 
 // Memory of type T as vectors of the accumulation type.
@@ -636,20 +657,6 @@ BLN_VECTORIZE void to_scale(const A* var, A* scale, int64_t count, double eps, d
 template <class A>
 BLN_VECTORIZE void to_scale(const A* var, const A* rest, A* scale, int64_t count, double eps, double factor) {
   for (int64_t i = 0; i < count; ++i) scale[i] = A(factor / std::sqrt(double(var[i]) + double(rest[i]) + eps));
-}
-
-// 1 / sqrt(v), to the last digit or the one before.
-template <class A>
-inline Vec<A> inverse_root(Vec<A> v) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<A, float>) {  // 14 bits and a step of Newton's: a third of the time
-    const Vec<A> root = (Vec<A>)_mm512_rsqrt14_ps((__m512)v);
-    return root + finite<A>(root * (A(0.5) - v * A(0.5) * root * root));  // of 0 and infinity it is exact
-  }
-#endif
-  Vec<A> result;
-  for (int i = 0; i < kLanes<A>; ++i) result[i] = A(1) / std::sqrt(v[i]);
-  return result;
 }
 
 // Samples whose sums are taken before they are added to those of others, so that no sum has many terms of its own size.
@@ -1244,6 +1251,22 @@ class Inside {
     }
   }
 
+  // Where they lie, or in `room`.
+  const A* read_keys(const B& b, const Statistic<A>& from, A* room) const {
+    if (from.si == 1 && p.C == b.padded && (p.per_channel || p.P == 1 || from.sp == p.C)) return from.data + b.first * from.sp;
+    load_keys(b, from, room);
+    return room;
+  }
+
+  // W * w_b / sqrt(var + eps) for each key.
+  void load_scales(const B& b, const Statistic<A>& var, A* to) const {
+    const A* from = read_keys(b, var, to);
+    const V eps = splat<A>(p.eps);
+    for (int64_t r = 0; r < key_rows(b); ++r) {
+      for (int64_t c = 0; c < b.padded; c += L, from += L, to += L) put<A>(to, get<A>(p.W + c) * p.w_b * inverse_root<A>(get<A>(from) + eps));
+    }
+  }
+
   void store_keys(const B& b, const A* from, A* to, const Side<A>& side) const {
     if (!to) return;
     for (int64_t r = 0; r < key_rows(b); ++r, from += b.padded) {
@@ -1576,13 +1599,11 @@ class Inside {
       const int64_t rows = plan.chunk * b0.width;
       A *mean_f = task_scratch.take<A>(rows), *var_f = task_scratch.take<A>(rows);
       NoMoments<A> none;
-      A *mean_b = task_scratch.take<A>(b0.keys), *scale_b = task_scratch.take<A>(b0.keys);
+      A *room_mean = task_scratch.take<A>(b0.keys), *scale_b = task_scratch.take<A>(b0.keys);
       for (int64_t j = own.blocks.begin; j < own.blocks.end; ++j) {
         const B b = block(plan, j);
-        load_keys(b, p.batch.used_mean(), mean_b);
-        load_keys(b, p.batch.used_var(), scale_b);
-        to_rstd(scale_b, scale_b, b.keys, p.eps);
-        times_weight(b, scale_b, p.w_b);
+        const A* mean_b = read_keys(b, p.batch.used_mean(), room_mean);
+        load_scales(b, p.batch.used_var(), scale_b);
         for (int64_t n = own.samples.begin; n < own.samples.end; n += plan.chunk) {
           const int64_t count = std::min(plan.chunk, own.samples.end - n);
           A* x = b.read(p.x, n, count, room);
@@ -2325,11 +2346,16 @@ class Outside {
     }
   }
 
+  // Batch means, a row of positions for each feature.
+  struct MeanRows {
+    const A* data;
+    int64_t row;
+  };
+
   // features_known: own feature statistics are where they belong already. rest: of own batch statistics.
   void normalise(const Span& s, const Range& samples, bool features_known, const Rest& rest) const {
     const int64_t keys = s.keys(p.C), rows = kSamples * s.apart;
-    A *mean_b = task_scratch.take<A>(keys), *scale_b = task_scratch.take<A>(keys);
-    load_rows(p.batch.used_mean(), {0, p.C}, s, mean_b, s.padded);
+    A* scale_b = task_scratch.take<A>(keys);
     if (p.batch.var.data) {
       load_scales(s, scale_b);
     } else {
@@ -2337,6 +2363,12 @@ class Outside {
     }
     // Where the mean is large and the deviation small, what rounding took off the mean is seen in y.
     A* offset_b = rest.mean && !p.batch.mean.data ? task_scratch.take<A>(keys) : nullptr;
+    // Means of a population are read where they lie, if no vector of them reaches beyond.
+    const Statistic<A> mean = p.batch.used_mean();
+    const bool copied = !p.batch.mean.data || mean.sp != 1 || p.P % L != 0;
+    A* copy = task_scratch.take<A>(copied ? keys : 0);
+    if (copied) load_rows(mean, {0, p.C}, s, copy, s.padded);
+    const MeanRows mean_b = copied ? MeanRows{copy, s.padded} : MeanRows{mean.data + s.first, mean.si};
     const A* rest_var = p.batch.var.data ? nullptr : rest.var;
     for (int64_t c = 0, k = 0; c < p.C; ++c, k += s.padded) {
       const double factor = p.exact_w_b * p.exact_W[c];
@@ -2345,7 +2377,7 @@ class Outside {
       } else if (!p.batch.var.data) {
         to_scale(scale_b + k, scale_b + k, s.padded, p.eps, factor);
       }
-      if (offset_b) to_coarse(mean_b + k, rest.mean + k, scale_b + k, offset_b + k, s.padded, A(factor));
+      if (offset_b) to_coarse(copy + k, rest.mean + k, scale_b + k, offset_b + k, s.padded, A(factor));
     }
     T* room = take_room(s);
     A *mean_f = task_scratch.take<A>(rows), *rstd_f = task_scratch.take<A>(rows);
@@ -2374,7 +2406,7 @@ class Outside {
   }
 
   template <int N>
-  void normalise_some(const View& x, const Target& out, const Span& s, const A* mean_b, const A* scale_b, const A* offset_b, const A* mean_f, const A* rstd_f) const {
+  void normalise_some(const View& x, const Target& out, const Span& s, const MeanRows mean_b, const A* scale_b, const A* offset_b, const A* mean_f, const A* rstd_f) const {
     const int64_t padded = s.padded, apart = s.apart;
     const bool past_caches = p.past_caches;
     const View from = x;
@@ -2385,7 +2417,7 @@ class Outside {
       for (int64_t c = 0; c < p.C; ++c) {
         const V W = splat<A>(p.W[c]), bias = splat<A>(p.bias[c]);
         const T* row = from.data + c * from.row;
-        const A *mb = mean_b + c * padded, *sb = scale_b + c * padded;
+        const A *mb = mean_b.data + c * mean_b.row, *sb = scale_b + c * padded;
         const A* ob = offset_b ? offset_b + c * padded : nullptr;
         T* y = to.data + c * to.row;
         auto value = [&](int64_t j, int u, V m, V scale, V offset) {
@@ -2415,14 +2447,13 @@ class Outside {
   // ------------------------------------------------------------------------------------------------------------ tiles
 
   // Where rows are not whole vectors, most of their vectors lie across two lines of the cache. With the population's batch
-  // statistics a sample can be taken by tiles instead: as many rows as are whole vectors together. Those of 7x7 positions
-  // are 16 rows, 49 vectors of 16.
+  // statistics a sample can be taken by tiles instead, as many rows as are whole vectors together: 16 of 7x7 positions.
   struct Tile {
     int64_t rows, vectors, count;
     int64_t size() const { return vectors * L; }
     int64_t apart() const { return size() + 3 * kLine / int64_t(sizeof(A)); }  // of two samples' values
   };
-  static constexpr int64_t kTile = 1024;    // values: what is kept for each of them should be in the second cache
+  static constexpr int64_t kTile = 1024;      // values of one, a few for each of which should be in the second cache
   static constexpr int64_t kEnoughTiles = 8;  // in a sample, or taking statistics by tiles costs more than it saves
 
   std::optional<Tile> tile() const {
@@ -2471,14 +2502,11 @@ class Outside {
 
   // W * w_b / sqrt(var + eps), for each key.
   void tile_scales(const Tile& tile, const TileVector* vectors, A* scales) const {
-    A* factors = task_scratch.take<A>(p.C + 1);
-    for (int64_t c = 0; c < p.C; ++c) factors[c] = A(p.exact_w_b * p.exact_W[c]);
-    factors[p.C] = 0;
-    const V eps = splat<A>(p.eps);
-    const A* var = p.batch.var.data;
-    for (const A* end = factors + p.C; factors < end; factors += tile.rows) {
+    const V eps = splat<A>(p.eps), w_b = splat<A>(p.w_b);
+    const A *var = p.batch.var.data, *W = p.W;
+    for (const A* end = W + p.C; W < end; W += tile.rows) {
       for (int64_t i = 0; i < tile.vectors; ++i, var += L, scales += L) {
-        put<A>(scales, vectors[i].values(factors) * inverse_root<A>(get<A>(var) + eps));
+        put<A>(scales, vectors[i].values(W) * w_b * inverse_root<A>(get<A>(var) + eps));
       }
     }
   }
@@ -2510,21 +2538,23 @@ class Outside {
     }
   }
 
+  // y of N samples, some vectors of a tile at a time: the first cache keeps their feature statistics.
   template <int N>
   void normalise_tiles_of(const Tile& tile, const TileVector* vectors, const View& from, T* y, const A* scales, const A* mean_f, const A* rstd_f) const {
-    const int64_t n = from.n, rows = tile.rows, size = tile.size(), apart = tile.apart(), all = p.C;
+    const int64_t n = from.n, rows = tile.rows, count = tile.count, size = tile.size(), apart = tile.apart();
     const T* x = from.data;
     const A *W_all = p.W, *bias_all = p.bias, *means = p.batch.mean.data;
     for (int64_t first = 0; first < tile.vectors; first += kPiece / L) {
-      const int64_t end = std::min(first + kPiece / L, tile.vectors);
-      for (int64_t c = 0, k = 0; c < all; c += rows, k += size) {
-        for (int64_t i = first; i < end; ++i) {
-          const int64_t j = i * L, at = k + j;
-          const V W = vectors[i].values(W_all + c), bias = vectors[i].values(bias_all + c), mean = get<A>(means + at), scale = get<A>(scales + at);
+      const int64_t last = std::min(first + kPiece / L, tile.vectors);
+      for (int64_t t = 0; t < count; ++t) {
+        const A *W_of = W_all + t * rows, *bias_of = bias_all + t * rows;
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t j = i * L, k = t * size + j;
+          const V W = vectors[i].values(W_of), bias = vectors[i].values(bias_of), mean = get<A>(means + k), scale = get<A>(scales + k);
 #pragma GCC unroll 8
           for (int u = 0; u < N; ++u) {
-            const V v = load(x + u * n + at);
-            store(y + u * n + at, (v - mean) * scale + ((v - get<A>(mean_f + u * apart + j)) * get<A>(rstd_f + u * apart + j) * W + bias), false);
+            const V v = load(x + u * n + k);
+            store(y + u * n + k, (v - mean) * scale + ((v - get<A>(mean_f + u * apart + j)) * get<A>(rstd_f + u * apart + j) * W + bias), false);
           }
         }
       }
@@ -3010,13 +3040,14 @@ bool same_strides(const Tensor& a, const Tensor& b) {
 
 // x as the kernels can take it: x itself, or a copy with the feature axis at 1; and a tensor for a result, in x's layout.
 struct Input {
-  Tensor x, out;
-  int64_t axis;
+  Tensor x, out;  // as the kernels read and write them
+  Tensor result;  // in the memory layout of the given tensor; out itself, unless that was copied
+  int64_t given_axis, axis;
   bool copied = false;
   int64_t N, C, P, sn, sc, sp;
   bool features_inside = false;
 
-  Input(const Tensor& given, int64_t feature_dim) : x(given), out(torch::stable::empty_like(given)), axis(feature_dim) {
+  Input(const Tensor& given, int64_t feature_dim, const Tensor& result_) : x(given), out(result_), result(result_), given_axis(feature_dim), axis(feature_dim) {
     if (!same_strides(x, out) || !fits()) {
       x = torch::stable::contiguous(move_axis(x, axis, 1));
       out = torch::stable::empty_like(x);
@@ -3027,12 +3058,21 @@ struct Input {
   }
 
   // Another tensor of the given shape with x's strides.
-  Tensor like(const Tensor& given, int64_t feature_dim) const {
-    Tensor moved = copied ? move_axis(given, feature_dim, 1) : given;
+  Tensor like(const Tensor& given) const {
+    Tensor moved = copied ? move_axis(given, given_axis, 1) : given;
     if (same_strides(moved, x)) return moved;
     Tensor copy = torch::stable::empty_like(x);
     torch::stable::copy_(copy, moved);
     return copy;
+  }
+
+  // The result, once `out` is written.
+  const Tensor& finish() const {
+    if (copied) {
+      Tensor moved = move_axis(result, given_axis, 1);
+      torch::stable::copy_(moved, out);
+    }
+    return result;
   }
 
  private:
@@ -3247,38 +3287,29 @@ struct BatchOutput {
   }
 };
 
-// The result in the memory layout of empty_like(x).
-Tensor as_given(const Tensor& result, const Tensor& x, const Input& in, int64_t feature_dim) {
-  if (!in.copied) return result;
-  Tensor out = torch::stable::empty_like(x);
-  Tensor moved = move_axis(out, feature_dim, 1);
-  torch::stable::copy_(moved, result);
-  return out;
-}
-
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
-// statistics: own ones are results too; else those of features are kept only where they are needed in between.
+// y: memory for it. statistics: own ones are results too; else those of features are kept only where they are needed in
+// between.
 template <class A>
-Forward forward_as(bool statistics, const Format<A>& format, const Tensor& x, const Optional& weight, const Optional& bias, const Optional& batch_mean, const Optional& batch_var,
+Forward forward_as(const Tensor& y, bool statistics, const Format<A>& format, const Tensor& x, const Optional& weight, const Optional& bias, const Optional& batch_mean, const Optional& batch_var,
                    const Optional& feature_mean, const Optional& feature_var, const Optional& batch_size, int64_t feature_dim, bool per_channel,
                    double eps) {
   call_scratch.reset();
-  const Input in(x, feature_dim);
+  const Input in(x, feature_dim, y);
   const bool own_b = !batch_mean || !batch_var, own_f = (!feature_mean || !feature_var) && (statistics || own_b);
   BatchOutput<A> own_batch_mean(x, in, feature_dim, per_channel, own_b), own_batch_var(x, in, feature_dim, per_channel, !batch_var);
   const std::vector<int64_t> rows = without(x, feature_dim), none = {0};
   const Tensor own_feature_mean = new_empty<A>(own_f ? rows : none);
   const Tensor own_feature_var = new_empty<A>(own_f && !feature_var ? rows : none);
-  const Tensor& y = in.out;
   if (x.numel() == 0) {
     for (Tensor t : {own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var}) torch::stable::zero_(t);
-    return {as_given(y, x, in, feature_dim), own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var};
+    return {in.finish(), own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var};
   }
   Problem<A> p{};
   set_up<A>(p, format, in, weight, bias, batch_size, per_channel, eps);
-  p.set_out(y.mutable_data_ptr());
+  p.set_out(in.out.mutable_data_ptr());
   Given<A> given;
   p.batch.mean = given.batch(batch_mean, x.dim(), feature_dim);
   p.batch.var = given.batch(batch_var, x.dim(), feature_dim);
@@ -3299,7 +3330,7 @@ Forward forward_as(bool statistics, const Format<A>& format, const Tensor& x, co
   in.features_inside ? run<A, true>(p, false) : run<A, false>(p, false);
   own_batch_mean.finish();
   own_batch_var.finish();
-  return {as_given(y, x, in, feature_dim), own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var};
+  return {in.finish(), own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var};
 }
 
 template <class A>
@@ -3308,18 +3339,17 @@ Backward backward_as(const Format<A>& format, const Tensor& grad_y, const Tensor
                      const Optional& feature_mean, const Optional& feature_var, const Optional& batch_size, int64_t feature_dim, bool per_channel,
                      double eps) {
   call_scratch.reset();
-  const Input in(x, feature_dim);
+  const Input in(x, feature_dim, torch::stable::empty_like(x));
   const Tensor grad_weight = new_empty<A>({in.C}), grad_bias = new_empty<A>({in.C});
-  const Tensor& grad_x = in.out;
   if (x.numel() == 0) {
     for (Tensor t : {grad_weight, grad_bias}) torch::stable::zero_(t);
-    return {as_given(grad_x, x, in, feature_dim), grad_weight, grad_bias};
+    return {in.finish(), grad_weight, grad_bias};
   }
-  const Tensor g = in.like(grad_y.scalar_type() == x.scalar_type() ? grad_y : torch::stable::to(grad_y, x.scalar_type()), feature_dim);
+  const Tensor g = in.like(grad_y.scalar_type() == x.scalar_type() ? grad_y : torch::stable::to(grad_y, x.scalar_type()));
   Problem<A> p{};
   set_up<A>(p, format, in, weight, std::nullopt, batch_size, per_channel, eps);
   p.g = static_cast<const char*>(g.const_data_ptr());
-  p.set_out(grad_x.mutable_data_ptr());
+  p.set_out(in.out.mutable_data_ptr());
   p.grad_weight = static_cast<A*>(grad_weight.mutable_data_ptr());
   p.grad_bias = static_cast<A*>(grad_bias.mutable_data_ptr());
   Given<A> given;
@@ -3346,7 +3376,7 @@ Backward backward_as(const Format<A>& format, const Tensor& grad_y, const Tensor
     take(p.feature, given.feature(own_feature_mean, x.dim(), in.P), given.feature(var, x.dim(), in.P));
   }
   in.features_inside ? run<A, true>(p, true) : run<A, false>(p, true);
-  return {as_given(grad_x, x, in, feature_dim), grad_weight, grad_bias};
+  return {in.finish(), grad_weight, grad_bias};
 }
 
 // ----------------------------------------------------------------------------------------------------- registration
@@ -3365,14 +3395,14 @@ auto with_types(const Tensor& x, const F& f) {
 Forward forward(const Tensor& x, Optional weight, Optional bias, Optional batch_mean, Optional batch_var, Optional feature_mean, Optional feature_var,
                 Optional batch_size, int64_t feature_dim, bool per_channel, double eps) {
   return with_types(x, [&](auto t, auto a) {
-    return forward_as<decltype(a)>(true, format_of<decltype(t), decltype(a)>(), x, weight, bias, batch_mean, batch_var, feature_mean, feature_var, batch_size, feature_dim, per_channel, eps);
+    return forward_as<decltype(a)>(torch::stable::empty_like(x), true, format_of<decltype(t), decltype(a)>(), x, weight, bias, batch_mean, batch_var, feature_mean, feature_var, batch_size, feature_dim, per_channel, eps);
   });
 }
 
-Tensor infer(const Tensor& x, Optional weight, Optional bias, Optional batch_mean, Optional batch_var, Optional feature_mean, Optional feature_var,
-             Optional batch_size, int64_t feature_dim, bool per_channel, double eps) {
-  return with_types(x, [&](auto t, auto a) {
-    return std::get<0>(forward_as<decltype(a)>(false, format_of<decltype(t), decltype(a)>(), x, weight, bias, batch_mean, batch_var, feature_mean, feature_var, batch_size, feature_dim, per_channel, eps));
+void infer(const Tensor& y, const Tensor& x, Optional weight, Optional bias, Optional batch_mean, Optional batch_var, Optional feature_mean, Optional feature_var,
+           Optional batch_size, int64_t feature_dim, bool per_channel, double eps) {
+  with_types(x, [&](auto t, auto a) {
+    forward_as<decltype(a)>(y, false, format_of<decltype(t), decltype(a)>(), x, weight, bias, batch_mean, batch_var, feature_mean, feature_var, batch_size, feature_dim, per_channel, eps);
   });
 }
 

@@ -30,8 +30,12 @@ torch.library.define(
     f"(Tensor x, Tensor? weight, Tensor? bias, {_POPULATION}, {_SETTINGS})"
     " -> (Tensor y, Tensor own_batch_mean, Tensor own_batch_var, Tensor own_feature_mean, Tensor own_feature_var)",
 )
-# y alone, where nothing is recorded: own statistics that nobody asked for take time and memory.
-torch.library.define(INFER, f"(Tensor x, Tensor? weight, Tensor? bias, {_POPULATION}, {_SETTINGS}) -> Tensor")
+# y alone, where nothing is recorded: own statistics that nobody asked for take time and memory. Into memory that is
+# there: what an op's arguments are wrapped in comes between one y and the next in the C library's heap, which then finds
+# another place for each, and they are written to memory that no cache holds.
+torch.library.define(
+    INFER, f"(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, {_POPULATION}, {_SETTINGS}) -> ()"
+)
 torch.library.define(
     BACKWARD,
     "(Tensor grad_y, Tensor x, Tensor? weight, Tensor own_batch_mean, Tensor own_batch_var,"
@@ -165,15 +169,16 @@ def _backward(
 
 
 @torch.library.impl(INFER, "default")
-def _infer(*inputs: Any) -> Tensor:
-    if inputs[0].is_cpu and cpu.load():
-        return torch.ops.lightning_bln.infer(*inputs)
-    return torch.ops.lightning_bln.batch_layer_norm(*inputs)[0]
+def _infer(y: Tensor, *inputs: Any) -> None:
+    if y.is_cpu and cpu.load():
+        torch.ops.lightning_bln.infer(y, *inputs)
+    else:
+        y.copy_(torch.ops.lightning_bln.batch_layer_norm(*inputs)[0])
 
 
 @torch.library.register_fake(INFER)
-def _infer_fake(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x)
+def _infer_fake(*_: Any) -> None:
+    pass
 
 
 torch.library.impl(FORWARD, "default", func=_forward)
@@ -301,9 +306,12 @@ def run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def infer(*inputs: Any) -> Tensor:
     """y of `run`."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    x = inputs[0]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not x.is_cpu:
         return run(*inputs)[0]
-    return _call(torch.ops.lightning_bln.infer.default, *inputs)
+    y = torch.empty_like(x)
+    _call(torch.ops.lightning_bln.infer.default, y, *inputs)
+    return y
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
