@@ -208,6 +208,18 @@ class TestAgainstTheDefinition:
             population = chosen_population(x, axis, per_channel, mode)
             Case(x, scaled_weight(C), torch.randn(C), population, None, axis, per_channel).check()
 
+    # Several rows make whole vectors together, of 4, 8 or 16 values; a sample has enough of these for them to be used.
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(7, 128, 7, 7), (5, 64, 20), (6, 32, 14, 14), (1, 128, 17)], ids=str)
+    def test_rows_that_are_not_whole_vectors(self, shape: tuple[int, ...], dtype: torch.dtype):
+        x = (torch.randn(shape) * 2 + 1).to(dtype)
+        for mode in ("TTFF", "TTTF", "TTFT", "TTTT"):
+            population = chosen_population(x, 1, False, mode, "slot" if mode == "TTTF" else "pooled")
+            Case(x, scaled_weight(shape[1]), torch.randn(shape[1]), population).check()
+        x[0, 3, 2], x[0, 100 % shape[1]] = float("nan"), float("inf")
+        case = Case(x, population=chosen_population(x, 1, False, "TTFF"))
+        assert torch.equal(case.forward()[0].isnan(), case.y.isnan())
+
     @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 5), (4, 3, 0), (4, 3, 0, 2), (0, 3, 0)], ids=str)
     @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
     def test_empty_inputs(self, shape: tuple[int, ...], dtype: torch.dtype, statistics: str):
