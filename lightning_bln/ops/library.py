@@ -33,9 +33,7 @@ torch.library.define(
 # y alone, where nothing is recorded: own statistics that nobody asked for take time and memory. Into memory that is
 # there: what an op's arguments are wrapped in comes between one y and the next in the C library's heap, which then finds
 # another place for each, and they are written to memory that no cache holds.
-torch.library.define(
-    INFER, f"(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, {_POPULATION}, {_SETTINGS}) -> ()"
-)
+torch.library.define(INFER, f"(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, {_POPULATION}, {_SETTINGS}) -> ()")
 torch.library.define(
     BACKWARD,
     "(Tensor grad_y, Tensor x, Tensor? weight, Tensor own_batch_mean, Tensor own_batch_var,"
