@@ -22,18 +22,19 @@ FORWARD = "lightning_bln::batch_layer_norm"
 INFER = "lightning_bln::infer"
 BACKWARD = "lightning_bln::batch_layer_norm_backward"
 
+_PARAMETERS = "Tensor? weight, Tensor? bias"
 _POPULATION = "Tensor? batch_mean, Tensor? batch_var, Tensor? feature_mean, Tensor? feature_var"
 _SETTINGS = "Tensor? batch_size, int feature_dim, bool per_channel, float eps"
 
 torch.library.define(
     FORWARD,
-    f"(Tensor x, Tensor? weight, Tensor? bias, {_POPULATION}, {_SETTINGS})"
+    f"(Tensor x, {_PARAMETERS}, {_POPULATION}, {_SETTINGS})"
     " -> (Tensor y, Tensor own_batch_mean, Tensor own_batch_var, Tensor own_feature_mean, Tensor own_feature_var)",
 )
 # y alone, where nothing is recorded: own statistics that nobody asked for take time and memory. Into memory that is
-# there: what an op's arguments are wrapped in comes between one y and the next in the C library's heap, which then finds
-# another place for each, and they are written to memory that no cache holds.
-torch.library.define(INFER, f"(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, {_POPULATION}, {_SETTINGS}) -> ()")
+# there, since what an op's arguments are wrapped in comes between one y and the next in the C library's heap: it would
+# find another place for each, which no cache holds.
+torch.library.define(INFER, f"(Tensor(a!) y, Tensor x, {_PARAMETERS}, {_POPULATION}, {_SETTINGS}) -> ()")
 torch.library.define(
     BACKWARD,
     "(Tensor grad_y, Tensor x, Tensor? weight, Tensor own_batch_mean, Tensor own_batch_var,"
@@ -305,7 +306,9 @@ def run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def infer(*inputs: Any) -> Tensor:
     """y of `run`."""
     x = inputs[0]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0 or not x.is_cpu:
+    # torch.func's transforms have no rule for an op that writes into its arguments.
+    transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed or not x.is_cpu:
         return run(*inputs)[0]
     y = torch.empty_like(x)
     _call(torch.ops.lightning_bln.infer.default, y, *inputs)

@@ -13,6 +13,7 @@ from tolerances import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bln import StatFlags, batch_layer_norm
+from lightning_bln.ops import library
 from lightning_bln.ops.reference import Population
 
 FORWARD = torch.ops.lightning_bln.batch_layer_norm
@@ -244,6 +245,22 @@ class TestCompilers:
         assert y.is_contiguous(memory_format=torch.channels_last)
         (grad,) = torch.autograd.grad(y, x, torch.ones(y.shape, dtype=y.dtype))
         assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("mode", ["TTFF", "FFTT"])
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize])
+@torch.no_grad()
+def test_inference_under_transforms(transform, mode: str):
+    x, (weight, bias) = torch.randn(4, 3, 2, 5), torch.randn(2, 2)
+    population = chosen_population(x[0], 1, False, mode)
+
+    def y(x: torch.Tensor) -> torch.Tensor:
+        return library.infer(x, weight, bias, *population, torch.tensor(4), 1, False, 1e-3)
+
+    if transform is torch.vmap:
+        assert_close(transform(y)(x), torch.stack([y(one) for one in x]))
+    else:
+        assert_close(transform(y)(x[0]), y(x[0]))
 
 
 def test_every_statistic_is_returned_without_gradient(statistics: str):
