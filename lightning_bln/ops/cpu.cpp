@@ -2068,9 +2068,13 @@ class Outside {
   // Both of N samples, in one pass: by strips of so few positions that the sums stay in registers.
   template <int N>
   void features(const View& x, const Span& s, A* mean, A* var) const {
-    each_strip(s.padded / L, [&](auto vectors, int64_t j) {
-      features_some<N, vectors>({x.data + j, x.n, x.row}, p.C, s.apart, mean + j, var + j);
-    });
+    row_moments<N>(x, p.C, s.padded / L, s.apart, mean, var);
+  }
+
+  // Over `rows` rows of some vectors.
+  template <int N>
+  void row_moments(const View& x, int64_t rows, int64_t vectors, int64_t apart, A* mean, A* var) const {
+    each_strip(vectors, [&](auto some, int64_t j) { features_some<N, some>({x.data + j, x.n, x.row}, rows, apart, mean + j, var + j); });
   }
 
   template <int N, int M>
@@ -2346,6 +2350,15 @@ class Outside {
     }
   }
 
+  // The same of own variances and, if there is any, what rounding took off them: rounded once.
+  void own_scales(const Span& s, const A* rest, A* to) const {
+    load_rows(p.batch.used_var(), {0, p.C}, s, to, s.padded);
+    for (int64_t c = 0, k = 0; c < p.C; ++c, k += s.padded) {
+      const double factor = p.exact_w_b * p.exact_W[c];
+      rest ? to_scale(to + k, rest + k, to + k, s.padded, p.eps, factor) : to_scale(to + k, to + k, s.padded, p.eps, factor);
+    }
+  }
+
   // Batch means, a row of positions for each feature.
   struct MeanRows {
     const A* data;
@@ -2356,11 +2369,7 @@ class Outside {
   void normalise(const Span& s, const Range& samples, bool features_known, const Rest& rest) const {
     const int64_t keys = s.keys(p.C), rows = kSamples * s.apart;
     A* scale_b = task_scratch.take<A>(keys);
-    if (p.batch.var.data) {
-      load_scales(s, scale_b);
-    } else {
-      load_rows(p.batch.used_var(), {0, p.C}, s, scale_b, s.padded);
-    }
+    p.batch.var.data ? load_scales(s, scale_b) : own_scales(s, rest.var, scale_b);
     // Where the mean is large and the deviation small, what rounding took off the mean is seen in y.
     A* offset_b = rest.mean && !p.batch.mean.data ? task_scratch.take<A>(keys) : nullptr;
     // Means of a population are read where they lie, if no vector of them reaches beyond.
@@ -2369,15 +2378,8 @@ class Outside {
     A* copy = task_scratch.take<A>(copied ? keys : 0);
     if (copied) load_rows(mean, {0, p.C}, s, copy, s.padded);
     const MeanRows mean_b = copied ? MeanRows{copy, s.padded} : MeanRows{mean.data + s.first, mean.si};
-    const A* rest_var = p.batch.var.data ? nullptr : rest.var;
-    for (int64_t c = 0, k = 0; c < p.C; ++c, k += s.padded) {
-      const double factor = p.exact_w_b * p.exact_W[c];
-      if (rest_var) {
-        to_scale(scale_b + k, rest_var + k, scale_b + k, s.padded, p.eps, factor);
-      } else if (!p.batch.var.data) {
-        to_scale(scale_b + k, scale_b + k, s.padded, p.eps, factor);
-      }
-      if (offset_b) to_coarse(copy + k, rest.mean + k, scale_b + k, offset_b + k, s.padded, A(factor));
+    for (int64_t c = 0, k = 0; c < p.C && offset_b; ++c, k += s.padded) {
+      to_coarse(copy + k, rest.mean + k, scale_b + k, offset_b + k, s.padded, A(p.exact_w_b * p.exact_W[c]));
     }
     T* room = take_room(s);
     A *mean_f = task_scratch.take<A>(rows), *rstd_f = task_scratch.take<A>(rows);
@@ -2490,11 +2492,7 @@ class Outside {
     A *means = task_scratch.take<A>(room), *vars = task_scratch.take<A>(room), *mean_f = task_scratch.take<A>(room), *rstd_f = task_scratch.take<A>(room);
     each_group(samples, [&](auto count, int64_t n) {
       const View x = {reinterpret_cast<const T*>(p.x) + n * p.sn, p.sn, tile.size()};
-      if (p.feature.own()) {
-        each_strip(tile.vectors, [&](auto some, int64_t j) {
-          features_some<count, some>({x.data + j, x.n, x.row}, tile.count, apart, means + j, vars + j);
-        });
-      }
+      if (p.feature.own()) row_moments<count>(x, tile.count, tile.vectors, apart, means, vars);
       for (int64_t i = 0; i < count; ++i) tile_features(tile, n + i, means + i * apart, vars + i * apart, mean_f + i * apart, rstd_f + i * apart);
       normalise_tiles_of<count>(tile, vectors, x, reinterpret_cast<T*>(p.out) + n * p.sn, scales, mean_f, rstd_f);
     });

@@ -108,6 +108,7 @@ class TestOpcheck:
             arguments = (torch.empty_like(x), x.detach(), None, None, *rest)
             torch.library.opcheck(INFER, arguments, test_utils=("test_schema", "test_faketensor"))
         assert torch.equal(alone, y)
+        assert alone.stride() == y.stride()
         grad_y = torch.randn_like(x).requires_grad_()
         torch.library.opcheck(BACKWARD, (grad_y, x, weight, *own, *rest), test_utils=utilities)
 
