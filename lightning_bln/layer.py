@@ -168,11 +168,7 @@ class BatchLayerNorm(nn.Module):
         if self.training:
             y = self._forward_training(view, axis, weight, bias)
         else:
-            y = library.infer(
-                *self._arguments(
-                    view, axis, weight, bias, self._population_for(view, axis), _constant(self.nominal_batch_size)
-                )
-            )
+            y = self._infer(view, axis, weight, bias, self._population_for(view, axis))
         return self._as_given(y, x)
 
     def own_statistics(self, x: Tensor) -> Statistics:
@@ -202,10 +198,14 @@ class BatchLayerNorm(nn.Module):
         view, axis = self._as_samples_first(x)
         chosen = self._population_for(view, axis)
         given = Population(*(mine if kept is None else kept for mine, kept in zip(own, chosen, strict=True)))
-        y = library.infer(
-            *self._arguments(view, axis, *self._affine(view, axis), given, _constant(self.nominal_batch_size))
-        )
-        return self._as_given(y, x)
+        return self._as_given(self._infer(view, axis, *self._affine(view, axis), given), x)
+
+    def _infer(
+        self, view: Tensor, axis: int, weight: Tensor | None, bias: Tensor | None, population: Population
+    ) -> Tensor:
+        nominal = self._buffers["nominal_batch_size"]
+        assert nominal is not None
+        return library.infer(*self._arguments(view, axis, weight, bias, population, _constant(nominal)))
 
     def _arguments(
         self,
@@ -286,12 +286,12 @@ class BatchLayerNorm(nn.Module):
             if self.gain == 1.0:
                 return None, None
             return torch.full((x.shape[axis],), self.gain, dtype=accumulation_dtype(x.dtype), device=x.device), None
-        bias = self.bias
+        bias, features = self.bias, x.shape[axis]
         for name, vector in (("weight", weight), ("bias", bias)):
-            if vector is not None and vector.numel() != x.shape[axis]:
+            if vector is not None and vector.numel() != features:
                 raise ValueError(
-                    f"{name} must hold one value for each of the {x.shape[axis]} features, got shape "
-                    f"{tuple(vector.shape)}; assign nn.Parameter(torch.ones({x.shape[axis]})), say."
+                    f"{name} must hold one value for each of the {features} features, got shape "
+                    f"{tuple(vector.shape)}; assign nn.Parameter(torch.ones({features})), say."
                 )
         if weight.ndim == 1:  # a view is not for nothing
             return weight, bias
@@ -299,8 +299,9 @@ class BatchLayerNorm(nn.Module):
 
     def _population_for(self, x: Tensor, axis: int) -> Population:
         chosen: list[Tensor | None] = []
+        buffers = self._buffers  # an attribute of a module costs a small layer as much as the look at its size
         for flag, name in zip(StatFlags.parse(self.flags), RUNNING, strict=True):
-            stat: Tensor | None = getattr(self, name) if flag else None
+            stat = buffers[name] if flag else None
             if stat is not None and stat.numel() > 0:
                 self._check_sizes(name, stat, x, axis)
                 chosen.append(_constant(stat))

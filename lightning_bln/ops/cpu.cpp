@@ -33,6 +33,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -405,23 +406,30 @@ inline Range part_of(int64_t size, int64_t parts, int64_t i) { return {size * i 
 void in_parallel(int64_t tasks, void (*f)(int64_t, int64_t, void*), void* context);
 int64_t thread_count();
 
+// f(task) for each, by as many threads as there are. A thread takes the next task that none has taken: one that sleeps, or
+// shares its core, is some tens of microseconds late.
 template <class F>
 void run_tasks(int64_t tasks, const F& f) {
-  auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  std::atomic<int64_t> next = 0;
+  auto run = [&] {
+    for (int64_t i = next++; i < tasks; i = next++) {
       task_scratch.reset();
       f(i);
       finish_past_caches();
     }
     task_scratch.reset();
   };
-  if (tasks == 1) {
-    run(0, 1);
+  const int64_t threads = std::min(tasks, std::max<int64_t>(1, thread_count()));
+  if (threads == 1) {
+    run();
   } else {
     using Run = decltype(run);
-    in_parallel(tasks, [](int64_t begin, int64_t end, void* f) { (*static_cast<Run*>(f))(begin, end); }, &run);
+    in_parallel(threads, [](int64_t, int64_t, void* f) { (*static_cast<Run*>(f))(); }, &run);
   }
 }
+
+// Tasks for each thread where nothing that they find has to be brought together.
+constexpr int64_t kShares = 4;
 
 // Bytes of the caches that a core can use. The kernel's files come first: of some processors sysconf adds up the last
 // caches of all groups of cores.
@@ -1223,6 +1231,10 @@ class Inside {
     plan.blocks = ceil_div(p.P, plan.width);
     plan.parts_n = plan.fused ? 1 : std::min(tasks, p.N);
     plan.parts_b = std::clamp<int64_t>(tasks / plan.parts_n, 1, plan.blocks);
+    if (!reduces && tasks > 1) {
+      plan.parts_b = plan.blocks;
+      plan.parts_n = std::min(p.N, ceil_div(kShares * tasks, plan.blocks));
+    }
     plan.tasks = plan.parts_n * plan.parts_b;
     return plan;
   }
@@ -1501,7 +1513,8 @@ class Inside {
   };
 
   Share share(const Plan& plan, int64_t t) const {
-    const int64_t i = t / plan.parts_b, j = t % plan.parts_b;
+    // Tasks next to each other, which threads have at one time, write to different samples.
+    const int64_t i = t % plan.parts_n, j = t / plan.parts_n;
     return {i, part_of(p.N, plan.parts_n, i), part_of(plan.blocks, plan.parts_b, j)};
   }
 
@@ -1754,8 +1767,9 @@ class Outside {
 
   void forward() {
     const Plan plan = choose(p.batch.own());
-    if (const auto tile = this->tile()) {
-      run_tasks(plan.tasks, [&](int64_t t) { normalise_tiles(*tile, part_of(p.N, plan.tasks, t)); });
+    if (const auto tile = this->tile(plan)) {
+      std::atomic<int64_t> next = 0;
+      run_tasks(plan.threads, [&](int64_t) { normalise_tiles(*tile, next); });
       return;
     }
     if (p.batch.own() && plan.whole) {
@@ -1807,6 +1821,7 @@ class Outside {
   struct Plan {
     bool whole;  // tasks own blocks of positions with all samples: statistics need no merging
     int64_t width, blocks;            // width: of the widest block
+    int64_t threads;                  // that there is work for
     int64_t tasks, parts_n, parts_b;  // tasks = parts_n * parts_b: ranges of samples and of blocks
   };
 
@@ -1835,6 +1850,11 @@ class Outside {
     plan.blocks = std::min(ceil_div(ceil_div(p.P, width), parts_b) * parts_b, ceil_div(p.P, line));
     plan.width = ceil_div(ceil_div(p.P, line), plan.blocks) * line;
     plan.parts_b = std::min(parts_b, plan.blocks);
+    if (!reduces && tasks > 1) {
+      plan.parts_b = plan.blocks;
+      plan.parts_n = std::min(p.N, ceil_div(kShares * tasks, plan.blocks));
+    }
+    plan.threads = tasks;
     plan.tasks = plan.parts_n * plan.parts_b;
     return plan;
   }
@@ -1856,8 +1876,9 @@ class Outside {
   template <class F>
   void each_span(const Plan& plan, const F& f) const {
     run_tasks(plan.tasks, [&](int64_t t) {
-      const int64_t i = t / plan.parts_b;
-      const Share own = {t, i, part_of(p.N, plan.parts_n, i), part_of(plan.blocks, plan.parts_b, t % plan.parts_b)};
+      // Tasks next to each other, which threads have at one time, write to different samples.
+      const int64_t i = t % plan.parts_n;
+      const Share own = {t, i, part_of(p.N, plan.parts_n, i), part_of(plan.blocks, plan.parts_b, t / plan.parts_n)};
       for (int64_t b = own.blocks.begin; b < own.blocks.end; ++b) {
         task_scratch.reset();
         f(span(plan, b), own);
@@ -2055,9 +2076,9 @@ class Outside {
     for (A* array : {f.sum, f.square}) std::fill(array, array + N * s.apart, A(0));
   }
 
-  // To means and variances of `count` values; the arrays may be those of the sums.
-  void end_features(int64_t count, const FeatureSums& f, A* mean, A* var) const {
-    const A inverse = A(1) / A(p.C);
+  // To means and variances, over `rows` values each, of `count` places; the arrays may be those of the sums.
+  void end_features(int64_t count, int64_t rows, const FeatureSums& f, A* mean, A* var) const {
+    const A inverse = A(1) / A(rows);
     for (int64_t k = 0; k < count; k += L) {
       const auto [m, v] = mean_and_variance<A>(get<A>(f.shift + k), get<A>(f.sum + k), get<A>(f.square + k), inverse);
       put<A>(mean + k, m);
@@ -2068,18 +2089,12 @@ class Outside {
   // Both of N samples, in one pass: by strips of so few positions that the sums stay in registers.
   template <int N>
   void features(const View& x, const Span& s, A* mean, A* var) const {
-    row_moments<N>(x, p.C, s.padded / L, s.apart, mean, var);
-  }
-
-  // Over `rows` rows of some vectors.
-  template <int N>
-  void row_moments(const View& x, int64_t rows, int64_t vectors, int64_t apart, A* mean, A* var) const {
-    each_strip(vectors, [&](auto some, int64_t j) { features_some<N, some>({x.data + j, x.n, x.row}, rows, apart, mean + j, var + j); });
+    each_strip(s.padded / L, [&](auto some, int64_t j) { features_some<N, some>({x.data + j, x.n, x.row}, s.apart, mean + j, var + j); });
   }
 
   template <int N, int M>
-  void features_some(const View& x, int64_t C, int64_t apart, A* mean, A* var) const {
-    const int64_t n = x.n, near = std::min(C, std::clamp<int64_t>(C / 8, 4, kNear));
+  void features_some(const View& x, int64_t apart, A* mean, A* var) const {
+    const int64_t C = p.C, n = x.n, near = std::min(C, std::clamp<int64_t>(C / 8, 4, kNear));
     V shift[N][M] = {}, sum[N][M] = {}, square[N][M] = {};
     for (int64_t c = 0; c < near; ++c) {
       const T* at = x.data + c * (C / near) * x.row;
@@ -2185,7 +2200,7 @@ class Outside {
         each_rows(rows, [&](auto some, int64_t c) { add_moments<count, some>(x, s, c, batch, f); });
         if ((n - samples.begin + count) % kPart == 0) batch.flush(rows);
         if (!last || !with_feature || !p.feature.own()) return;
-        end_features(count * s.apart, f, f.sum, f.square);
+        end_features(count * s.apart, p.C, f, f.sum, f.square);
         store_features(s, {n, n + count}, f.sum, f.square);
       });
       if (samples.size() % kPart != 0) batch.flush(rows);
@@ -2448,21 +2463,26 @@ class Outside {
 
   // ------------------------------------------------------------------------------------------------------------ tiles
 
-  // Where rows are not whole vectors, most of their vectors lie across two lines of the cache. With the population's batch
-  // statistics a sample can be taken by tiles instead, as many rows as are whole vectors together: 16 of 7x7 positions.
+  // With the population's batch statistics no sample needs another one, and each can be read and written from its first
+  // row to its last, which the processor foresees as it does not foresee blocks of positions. Where rows are not whole
+  // vectors, most of their vectors lie across two lines of the cache; so a sample is taken by *tiles*, as many rows as are
+  // whole vectors together: 16 of 7x7 positions, 1 of 28x28.
   struct Tile {
     int64_t rows, vectors, count;
     int64_t size() const { return vectors * L; }
-    int64_t apart() const { return size() + 3 * kLine / int64_t(sizeof(A)); }  // of two samples' values
   };
-  static constexpr int64_t kTile = 1024;      // values of one, a few for each of which should be in the second cache
-  static constexpr int64_t kEnoughTiles = 8;  // in a sample, or taking statistics by tiles costs more than it saves
+  static constexpr int64_t kTile = 1024;      // values of one, a few for each of which should be in the first cache
+  static constexpr int64_t kEnoughTiles = 8;  // in a sample, or bringing their rows together costs more than it saves
+  static constexpr int64_t kStreams = 4;      // tiles that are read side by side for sums over all of them
+  static constexpr int kPair = 2;             // samples at a time
 
-  std::optional<Tile> tile() const {
+  std::optional<Tile> tile(const Plan& plan) const {
     const int64_t shared = std::gcd(p.P, int64_t(L)), rows = L / shared, count = p.C / rows;
     auto dense = [&](const Statistic<A>& s) { return s.data && s.sp == 1 && s.si == p.P; };
-    if (!in_place() || p.per_channel || p.sc != p.P || !dense(p.batch.mean) || !dense(p.batch.var)) return {};
-    if (rows == 1 || p.P < L || p.P * rows > kTile || count * rows != p.C || count < kEnoughTiles) return {};
+    if (!in_place() || p.per_channel || p.sc != p.P || !dense(p.batch.mean) || !dense(p.batch.var) || plan.threads > p.N) return {};
+    // Of short rows the beginnings and ends take longer than reading in order saves.
+    const bool enough = rows == 1 ? p.P >= kPiece && count >= kStreams : p.P >= L && count >= kEnoughTiles;
+    if (!enough || p.P * rows > kTile || count * rows != p.C) return {};
     return Tile{rows, p.P / shared, count};
   }
 
@@ -2483,19 +2503,33 @@ class Outside {
     return {(Bits)(lane >= Lane(end) - Bits{}), row};
   }
 
-  void normalise_tiles(const Tile& tile, const Range& samples) const {
+  // Some pairs of samples, from the next one on that no task has taken: a thread that is woken late does less.
+  void normalise_tiles(const Tile& tile, std::atomic<int64_t>& next) const {
+    const int64_t pairs = ceil_div(p.N, kPair);
+    int64_t pair = next++;
+    if (pair >= pairs) return;
     TileVector* vectors = task_scratch.take<TileVector>(tile.vectors);
     for (int64_t i = 0; i < tile.vectors; ++i) vectors[i] = tile_vector(i, std::make_index_sequence<size_t(L)>());
     A* scales = task_scratch.take<A>(p.C * p.P);
     tile_scales(tile, vectors, scales);
-    const int64_t apart = tile.apart(), room = kSamples * apart;
-    A *means = task_scratch.take<A>(room), *vars = task_scratch.take<A>(room), *mean_f = task_scratch.take<A>(room), *rstd_f = task_scratch.take<A>(room);
-    each_group(samples, [&](auto count, int64_t n) {
-      const View x = {reinterpret_cast<const T*>(p.x) + n * p.sn, p.sn, tile.size()};
-      if (p.feature.own()) row_moments<count>(x, tile.count, tile.vectors, apart, means, vars);
-      for (int64_t i = 0; i < count; ++i) tile_features(tile, n + i, means + i * apart, vars + i * apart, mean_f + i * apart, rstd_f + i * apart);
-      normalise_tiles_of<count>(tile, vectors, x, reinterpret_cast<T*>(p.out) + n * p.sn, scales, mean_f, rstd_f);
-    });
+    A* terms = task_scratch.take<A>(kPair * 2 * tile.size());
+    A *mean = task_scratch.take<A>(L + tile.size()) + L, *var = task_scratch.take<A>(L + tile.size()) + L;
+    const FeatureSums f = take_feature_sums(tile.size());
+    // The second cache should keep samples until they are read again, so they are few; and share what belongs to a key.
+    for (; pair < pairs; pair = next++) {
+      each_group<kPair>({pair * kPair, std::min(p.N, (pair + 1) * kPair)}, [&](auto count, int64_t n) {
+        const View x = {reinterpret_cast<const T*>(p.x) + n * p.sn, p.sn, tile.size()};
+        for (int64_t i = 0; i < count; ++i) {
+          take_tile_features(tile, n + i, x.data + i * x.n, f, mean, var);
+          spread_tile_features(tile, vectors, mean, var, terms + 2 * L * i, 2 * L * count);
+        }
+        T* y = reinterpret_cast<T*>(p.out) + n * p.sn;
+        for (int64_t t = 0, k = 0; t < tile.count; ++t, k += tile.size()) {
+          const TileKeys keys = {vectors, tile.vectors, p.W + t * tile.rows, p.bias + t * tile.rows, p.batch.mean.data + k, scales + k, terms, p.past_caches};
+          tile.rows == 1 ? keys.template normalise<true, count>(x.data + k, y + k, x.n) : keys.template normalise<false, count>(x.data + k, y + k, x.n);
+        }
+      });
+    }
   }
 
   // W * w_b / sqrt(var + eps), for each key.
@@ -2509,10 +2543,56 @@ class Outside {
     }
   }
 
-  // From moments of each place in a tile to the mean and w_f / sqrt(var + eps) of its position there.
-  void tile_features(const Tile& tile, int64_t n, const A* means, const A* vars, A* mean_f, A* rstd_f) const {
+  // Sums over N tiles of a sample into those of each place in a tile; the first ones say what they are taken around.
+  template <int N, bool First>
+  void add_tiles(const T* x, int64_t apart, int64_t size, const FeatureSums& sums) const {
+    const FeatureSums f = sums;
+    for (int64_t j = 0; j < size; j += L) {
+      V values[N], shift{}, total{}, squares{};
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) values[i] = load(x + i * apart + j);
+      if constexpr (First) {
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) shift += values[i];
+        put<A>(f.shift + j, shift *= A(1) / A(N));
+      } else {
+        shift = get<A>(f.shift + j);
+        total = get<A>(f.sum + j);
+        squares = get<A>(f.square + j);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) {
+        const V d = values[i] - shift;
+        total += d;
+        squares += d * d;
+      }
+      put<A>(f.sum + j, total);
+      put<A>(f.square + j, squares);
+    }
+  }
+
+  // Of sample n, whose values are at x: means and variances over the features, a row of positions.
+  void take_tile_features(const Tile& tile, int64_t n, const T* x, const FeatureSums& f, A* mean, A* var) const {
+    if (p.feature.own()) {
+      // Side by side from far apart: features near each other are often alike.
+      const int64_t size = tile.size(), part = tile.count / kStreams, apart = part * size;
+      add_tiles<kStreams, true>(x, apart, size, f);
+      for (int64_t t = 1; t < part; ++t) add_tiles<kStreams, false>(x + t * size, apart, size, f);
+      for (int64_t t = part * kStreams; t < tile.count; ++t) add_tiles<1, false>(x + t * size, 0, size, f);
+      tile.rows == 1 ? end_features(size, tile.count, f, mean, var) : join_rows(tile, f, mean, var);
+    }
+    const Span all = span_of(0, 0, p.P);
+    store_features(all, {n, n + 1}, mean, var);
+    if (p.feature.mean.data) load_row(p.feature.mean, n, all, mean);
+    if (p.feature.var.data) load_row(p.feature.var, n, all, var);
+  }
+
+  // From sums for each place in a tile to the mean and variance of its position.
+  void join_rows(const Tile& tile, const FeatureSums& f, A* mean_f, A* var_f) const {
+    const A *means = f.sum, *vars = f.square;
+    end_features(tile.size(), tile.count, f, f.sum, f.square);
     const A inverse = A(1) / A(tile.rows);
-    for (int64_t j = 0; j < p.P && p.feature.own(); j += L) {
+    for (int64_t j = 0; j < p.P; j += L) {
       V mean{}, var{};
       for (int64_t r = 0; r < tile.rows; ++r) mean += get<A>(means + r * p.P + j);
       mean *= inverse;
@@ -2521,43 +2601,49 @@ class Outside {
         var += get<A>(vars + r * p.P + j) + d * d;
       }
       put<A>(mean_f + j, mean);
-      put<A>(rstd_f + j, var * inverse);
-    }
-    const Span all = span_of(0, 0, p.P);
-    store_features(all, {n, n + 1}, mean_f, rstd_f);
-    if (p.feature.mean.data) load_row(p.feature.mean, n, all, mean_f);
-    if (p.feature.var.data) load_row(p.feature.var, n, all, rstd_f);
-    to_rstd(rstd_f, rstd_f, p.P, p.eps, p.w_f);
-    for (A* values : {mean_f, rstd_f}) {
-      // What is beyond a row is the next one's, or nobody's.
-      for (int64_t r = 1; r < tile.rows; ++r) {
-        for (int64_t j = 0; j < p.P; j += L) put<A>(values + r * p.P + j, get<A>(values + j));
-      }
+      put<A>(var_f + j, var * inverse);
     }
   }
 
-  // y of N samples, some vectors of a tile at a time: the first cache keeps their feature statistics.
-  template <int N>
-  void normalise_tiles_of(const Tile& tile, const TileVector* vectors, const View& from, T* y, const A* scales, const A* mean_f, const A* rstd_f) const {
-    const int64_t n = from.n, rows = tile.rows, count = tile.count, size = tile.size(), apart = tile.apart();
-    const T* x = from.data;
-    const A *W_all = p.W, *bias_all = p.bias, *means = p.batch.mean.data;
-    for (int64_t first = 0; first < tile.vectors; first += kPiece / L) {
-      const int64_t last = std::min(first + kPiece / L, tile.vectors);
-      for (int64_t t = 0; t < count; ++t) {
-        const A *W_of = W_all + t * rows, *bias_of = bias_all + t * rows;
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t j = i * L, k = t * size + j;
-          const V W = vectors[i].values(W_of), bias = vectors[i].values(bias_of), mean = get<A>(means + k), scale = get<A>(scales + k);
-#pragma GCC unroll 8
-          for (int u = 0; u < N; ++u) {
-            const V v = load(x + u * n + k);
-            store(y + u * n + k, (v - mean) * scale + ((v - get<A>(mean_f + u * apart + j)) * get<A>(rstd_f + u * apart + j) * W + bias), false);
-          }
-        }
-      }
+  // From a row of means and variances, which can be read a vector before its begin, to the mean and w_f / sqrt(var + eps)
+  // for each place in a tile: two vectors next to each other, `step` from the next two.
+  void spread_tile_features(const Tile& tile, const TileVector* vectors, const A* mean, const A* var, A* terms, int64_t step) const {
+    const V eps = splat<A>(p.eps), w_f = splat<A>(p.w_f);
+    for (int64_t i = 0; i < tile.vectors; ++i, terms += step) {
+      const int64_t at = i * L - vectors[i].row * p.P, next = at + L > p.P ? at - p.P : at;
+      put<A>(terms, vectors[i].next ? get<A>(mean + next) : get<A>(mean + at));
+      put<A>(terms + L, w_f * inverse_root<A>((vectors[i].next ? get<A>(var + next) : get<A>(var + at)) + eps));
     }
   }
+
+  // What is known about the keys of a tile; terms: of N samples, see `spread_tile_features`.
+  struct TileKeys {
+    const TileVector* vectors;
+    int64_t count;
+    const A *W, *bias, *mean, *scale, *terms;
+    bool past_caches;
+
+    // y of N samples, n from each other. Single: the tile is a row. Not inlined, or addresses take too many registers.
+    template <bool Single, int N>
+    __attribute__((noinline)) void normalise(const T* x, T* y, const int64_t n) const {
+      const TileKeys own = *this;
+      const V W_row = splat<A>(*own.W), bias_row = splat<A>(*own.bias);
+      for (int64_t i = 0; i < own.count; ++i) {
+        const int64_t j = i * L;
+        const V W = Single ? W_row : own.vectors[i].values(own.W), bias = Single ? bias_row : own.vectors[i].values(own.bias);
+        const V mean = get<A>(own.mean + j), scale = get<A>(own.scale + j);
+        V values[N];
+#pragma GCC unroll 8
+        for (int u = 0; u < N; ++u) {
+          const A* of_sample = own.terms + (i * N + u) * 2 * L;
+          const V v = load(x + u * n + j), mean_f = get<A>(of_sample), rstd_f = get<A>(of_sample + L);
+          values[u] = (v - mean) * scale + ((v - mean_f) * rstd_f * W + bias);
+        }
+#pragma GCC unroll 8
+        for (int u = 0; u < N; ++u) store(y + u * n + j, values[u], own.past_caches);
+      }
+    }
+  };
 
   // ------------------------------------------------------------------------------------------------------ the gradient
 
@@ -3237,6 +3323,12 @@ Tensor new_empty(const std::vector<int64_t>& sizes) {
   return new_strided<A>(sizes, strides);
 }
 
+// In place of a statistic that is not needed; an op must return a tensor all the same.
+template <class A>
+Tensor nothing(bool returned) {
+  return returned ? new_empty<A>({0}) : Tensor();
+}
+
 // Where batch statistics of x go: x[0]'s strides, as far as those are dense (library.py says the same to the compiler).
 template <class A>
 Tensor new_batch_statistic(const Tensor& x) {
@@ -3253,9 +3345,9 @@ struct BatchOutput {
   Tensor tensor, staged;
   int64_t axis, si, sp;
 
-  BatchOutput(const Tensor& x, const Input& in, int64_t feature_dim, bool per_channel, bool wanted) : axis(feature_dim - 1) {
+  BatchOutput(const Tensor& x, const Input& in, int64_t feature_dim, bool per_channel, bool wanted, bool returned) : axis(feature_dim - 1) {
     if (!wanted) {
-      tensor = new_empty<A>({0});
+      tensor = nothing<A>(returned);
     } else if (per_channel) {
       tensor = new_empty<A>({in.C});
     } else {
@@ -3297,12 +3389,13 @@ Forward forward_as(const Tensor& y, bool statistics, const Format<A>& format, co
   call_scratch.reset();
   const Input in(x, feature_dim, y);
   const bool own_b = !batch_mean || !batch_var, own_f = (!feature_mean || !feature_var) && (statistics || own_b);
-  BatchOutput<A> own_batch_mean(x, in, feature_dim, per_channel, own_b), own_batch_var(x, in, feature_dim, per_channel, !batch_var);
-  const std::vector<int64_t> rows = without(x, feature_dim), none = {0};
-  const Tensor own_feature_mean = new_empty<A>(own_f ? rows : none);
-  const Tensor own_feature_var = new_empty<A>(own_f && !feature_var ? rows : none);
+  BatchOutput<A> own_batch_mean(x, in, feature_dim, per_channel, own_b, statistics), own_batch_var(x, in, feature_dim, per_channel, !batch_var, statistics);
+  auto of_feature = [&](bool wanted) { return wanted ? new_empty<A>(without(x, feature_dim)) : nothing<A>(statistics); };
+  const Tensor own_feature_mean = of_feature(own_f), own_feature_var = of_feature(own_f && !feature_var);
   if (x.numel() == 0) {
-    for (Tensor t : {own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var}) torch::stable::zero_(t);
+    for (Tensor t : {own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var}) {
+      if (t.defined()) torch::stable::zero_(t);
+    }
     return {in.finish(), own_batch_mean.tensor, own_batch_var.tensor, own_feature_mean, own_feature_var};
   }
   Problem<A> p{};

@@ -311,7 +311,8 @@ def infer(*inputs: Any) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed or not x.is_cpu:
         return run(*inputs)[0]
     y = torch.empty_like(x)
-    _call(torch.ops.lightning_bln.infer.default, y, *inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.ops.lightning_bln.infer.default(y, *inputs)
     return y
 
 

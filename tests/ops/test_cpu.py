@@ -208,10 +208,15 @@ class TestAgainstTheDefinition:
             population = chosen_population(x, axis, per_channel, mode)
             Case(x, scaled_weight(C), torch.randn(C), population, None, axis, per_channel).check()
 
-    # Several rows make whole vectors together, of 4, 8 or 16 values; a sample has enough of these for them to be used.
+    # Inference sample by sample. Rows are whole vectors of 4, 8 or 16 values, or several are together; a sample has
+    # enough of these for them to be used.
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("shape", [(7, 128, 7, 7), (5, 64, 20), (6, 32, 14, 14), (1, 128, 17)], ids=str)
-    def test_rows_that_are_not_whole_vectors(self, shape: tuple[int, ...], dtype: torch.dtype):
+    @pytest.mark.parametrize(
+        "shape",
+        [(7, 128, 7, 7), (5, 64, 20), (6, 32, 14, 14), (1, 128, 17), (3, 13, 16, 16), (2, 103, 1024), (1, 101, 320)],
+        ids=str,
+    )
+    def test_samples_without_each_other(self, shape: tuple[int, ...], dtype: torch.dtype):
         x = (torch.randn(shape) * 2 + 1).to(dtype)
         for mode in ("TTFF", "TTTF", "TTFT", "TTTT"):
             population = chosen_population(x, 1, False, mode, "slot" if mode == "TTTF" else "pooled")
@@ -413,6 +418,28 @@ class TestRepeats:
             for saved, first in zip(SAVED, first_grads, strict=True):
                 grads = case.backward(without(own, *saved))
                 assert all(torch.equal(now, was) for now, was in zip(grads, first, strict=True))
+
+
+# Threads take as many samples as they come to, a different number each time.
+@pytest.mark.usefixtures("_kernel", "_poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((9, 64, 28, 28), 1), ((33, 128, 7, 7), 1), ((63, 40, 100), 1), ((5, 16, 3200), 1), ((33, 300, 40), 2)],
+    ids=str,
+)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_inference_is_the_same_whichever_thread_takes_a_sample(
+    shape: tuple[int, ...], axis: int, dtype: torch.dtype, threads: int, statistics: str, set_threads
+):
+    set_threads(threads)
+    per_channel = statistics == "per_channel"
+    x = torch.randn(shape).to(dtype)
+    population = chosen_population(x, axis, per_channel, "TTFF")
+    case = Case(x, scaled_weight(shape[axis]), population=population, axis=axis, per_channel=per_channel)
+    first = case.forward()[0]
+    for _ in range(10):
+        assert torch.equal(case.forward()[0], first)
 
 
 NAMES = ("y", "grad of x", "grad of weight", "grad of bias")
