@@ -203,9 +203,13 @@ class BatchLayerNorm(nn.Module):
     def _infer(
         self, view: Tensor, axis: int, weight: Tensor | None, bias: Tensor | None, population: Population
     ) -> Tensor:
-        nominal = self._buffers["nominal_batch_size"]
-        assert nominal is not None
-        return library.infer(*self._arguments(view, axis, weight, bias, population, _constant(nominal)))
+        nominal = _constant(self._buffer("nominal_batch_size"))
+        return library.infer(*self._arguments(view, axis, weight, bias, population, nominal))
+
+    def _buffer(self, name: str) -> Tensor:
+        # An attribute of a module takes longer to find than a small layer's sizes to check. A parametrized buffer is none.
+        found = self._buffers.get(name)
+        return getattr(self, name) if found is None else found
 
     def _arguments(
         self,
@@ -299,9 +303,8 @@ class BatchLayerNorm(nn.Module):
 
     def _population_for(self, x: Tensor, axis: int) -> Population:
         chosen: list[Tensor | None] = []
-        buffers = self._buffers  # an attribute of a module costs a small layer as much as the look at its size
         for flag, name in zip(StatFlags.parse(self.flags), RUNNING, strict=True):
-            stat = buffers[name] if flag else None
+            stat = self._buffer(name) if flag else None
             if stat is not None and stat.numel() > 0:
                 self._check_sizes(name, stat, x, axis)
                 chosen.append(_constant(stat))

@@ -444,7 +444,21 @@ class TestShapes:
         assert layer(torch.randn(2, 6)).isfinite().all()
 
 
+class Doubled(nn.Module):
+    def forward(self, value: Tensor) -> Tensor:
+        return 2 * value
+
+
 class TestState:
+    def test_a_population_statistic_may_be_parametrized(self):
+        x = torch.randn(4, 6, 3)
+        layer, expected = trained(x, flags="TTTT"), trained(x, flags="TTTT")
+        with torch.no_grad():
+            for name in RUNNING:
+                getattr(expected, name).mul_(2)
+                nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+            assert torch.equal(layer(x), expected(x))
+
     @pytest.mark.parametrize("route", ["state_dict", "weights_only file", "deepcopy", "pickle", "torch.save", "assign"])
     @pytest.mark.parametrize("feature_population", ["pooled", "slot"])
     def test_a_copy_is_the_same_layer(self, route: str, feature_population: str):

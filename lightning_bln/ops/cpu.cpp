@@ -402,8 +402,8 @@ struct Range {
 // Part i of `parts` nearly equal ones.
 inline Range part_of(int64_t size, int64_t parts, int64_t i) { return {size * i / parts, size * (i + 1) / parts}; }
 
-// PyTorch's threads, in part 0.
-void in_parallel(int64_t tasks, void (*f)(int64_t, int64_t, void*), void* context);
+// f(context) by each of some of PyTorch's threads, or by fewer; in part 0.
+void in_parallel(int64_t threads, void (*f)(void*), void* context);
 int64_t thread_count();
 
 // f(task) for each, by as many threads as there are. A thread takes the next task that none has taken: one that sleeps, or
@@ -424,7 +424,7 @@ void run_tasks(int64_t tasks, const F& f) {
     run();
   } else {
     using Run = decltype(run);
-    in_parallel(threads, [](int64_t, int64_t, void* f) { (*static_cast<Run*>(f))(); }, &run);
+    in_parallel(threads, [](void* f) { (*static_cast<Run*>(f))(); }, &run);
   }
 }
 
@@ -1513,7 +1513,7 @@ class Inside {
   };
 
   Share share(const Plan& plan, int64_t t) const {
-    // Tasks next to each other, which threads have at one time, write to different samples.
+    // Threads have tasks next to each other at one time: of different samples, where those are in parts.
     const int64_t i = t % plan.parts_n, j = t / plan.parts_n;
     return {i, part_of(p.N, plan.parts_n, i), part_of(plan.blocks, plan.parts_b, j)};
   }
@@ -1743,7 +1743,7 @@ class Inside {
 //
 // Rows of a sample are read where they lie, block by block of positions: a block is so wide that what is kept for its
 // C x width keys stays in the second cache, and all samples are read once to take statistics and, last one first, once
-// more for the result. Lanes beyond a block's last position hold values of the next row, or zeros: they are computed
+// more for the result; inference takes some shapes sample by sample instead, see tiles. Lanes beyond a block's last position hold values of the next row, or zeros: they are computed
 // with, since lanes never mix, and left out of whatever is stored or summed over lanes.
 // T: x's type in memory, which is read and written where it lies; if it is A, others are packed first.
 template <class A, class T>
@@ -1769,7 +1769,8 @@ class Outside {
     const Plan plan = choose(p.batch.own());
     if (const auto tile = this->tile(plan)) {
       std::atomic<int64_t> next = 0;
-      run_tasks(plan.threads, [&](int64_t) { normalise_tiles(*tile, next); });
+      const int64_t group = samples_at_once(plan.threads);
+      run_tasks(plan.threads, [&](int64_t) { normalise_tiles(*tile, group, next); });
       return;
     }
     if (p.batch.own() && plan.whole) {
@@ -1876,7 +1877,7 @@ class Outside {
   template <class F>
   void each_span(const Plan& plan, const F& f) const {
     run_tasks(plan.tasks, [&](int64_t t) {
-      // Tasks next to each other, which threads have at one time, write to different samples.
+      // Threads have tasks next to each other at one time: of different samples, where those are in parts.
       const int64_t i = t % plan.parts_n;
       const Share own = {t, i, part_of(p.N, plan.parts_n, i), part_of(plan.blocks, plan.parts_b, t / plan.parts_n)};
       for (int64_t b = own.blocks.begin; b < own.blocks.end; ++b) {
@@ -2054,7 +2055,7 @@ class Outside {
     }
   };
 
-  // Of each sample and position: the mean of the first features, and sums over the features around it.
+  // Of each sample and position: the mean of some features, and sums over the features around it.
   struct FeatureSums {
     A *shift, *sum, *square;
     FeatureSums at(int64_t i) const { return {shift + i, sum + i, square + i}; }
@@ -2471,10 +2472,10 @@ class Outside {
     int64_t rows, vectors, count;
     int64_t size() const { return vectors * L; }
   };
-  static constexpr int64_t kTile = 1024;      // values of one, a few for each of which should be in the first cache
+  static constexpr int64_t kTile = 1024;      // values of one: a few for each should be in the nearest caches
   static constexpr int64_t kEnoughTiles = 8;  // in a sample, or bringing their rows together costs more than it saves
-  static constexpr int64_t kStreams = 4;      // tiles that are read side by side for sums over all of them
-  static constexpr int kPair = 2;             // samples at a time
+  static constexpr int64_t kStreams = 4;      // tiles at least that are read side by side for sums over all of them
+  static constexpr int kPair = 2;             // samples at a time, where there are enough
 
   std::optional<Tile> tile(const Plan& plan) const {
     const int64_t shared = std::gcd(p.P, int64_t(L)), rows = L / shared, count = p.C / rows;
@@ -2503,25 +2504,31 @@ class Outside {
     return {(Bits)(lane >= Lane(end) - Bits{}), row};
   }
 
-  // Some pairs of samples, from the next one on that no task has taken: a thread that is woken late does less.
-  void normalise_tiles(const Tile& tile, std::atomic<int64_t>& next) const {
-    const int64_t pairs = ceil_div(p.N, kPair);
-    int64_t pair = next++;
-    if (pair >= pairs) return;
+  // Two samples share what is read for a key, which saves a tenth of the time; unless a thread waits for another's pair.
+  int64_t samples_at_once(int64_t threads) const {
+    const int64_t in_pairs = kPair * ceil_div(ceil_div(p.N, kPair), threads), one_by_one = ceil_div(p.N, threads);
+    return 10 * in_pairs <= 11 * one_by_one ? kPair : 1;
+  }
+
+  // Groups of so many samples, from the next one on that no thread has taken.
+  void normalise_tiles(const Tile& tile, int64_t group, std::atomic<int64_t>& next) const {
+    const int64_t groups = ceil_div(p.N, group);
+    int64_t i = next++;
+    if (i >= groups) return;
     TileVector* vectors = task_scratch.take<TileVector>(tile.vectors);
-    for (int64_t i = 0; i < tile.vectors; ++i) vectors[i] = tile_vector(i, std::make_index_sequence<size_t(L)>());
+    for (int64_t j = 0; j < tile.vectors; ++j) vectors[j] = tile_vector(j, std::make_index_sequence<size_t(L)>());
     A* scales = task_scratch.take<A>(p.C * p.P);
     tile_scales(tile, vectors, scales);
     A* terms = task_scratch.take<A>(kPair * 2 * tile.size());
     A *mean = task_scratch.take<A>(L + tile.size()) + L, *var = task_scratch.take<A>(L + tile.size()) + L;
-    const FeatureSums f = take_feature_sums(tile.size());
-    // The second cache should keep samples until they are read again, so they are few; and share what belongs to a key.
-    for (; pair < pairs; pair = next++) {
-      each_group<kPair>({pair * kPair, std::min(p.N, (pair + 1) * kPair)}, [&](auto count, int64_t n) {
+    const FeatureSums f = take_feature_sums(tile.size() + L);
+    // No more samples at a time than the second cache keeps until they are read again.
+    for (; i < groups; i = next++) {
+      each_group<kPair>({i * group, std::min(p.N, (i + 1) * group)}, [&](auto count, int64_t n) {
         const View x = {reinterpret_cast<const T*>(p.x) + n * p.sn, p.sn, tile.size()};
-        for (int64_t i = 0; i < count; ++i) {
-          take_tile_features(tile, n + i, x.data + i * x.n, f, mean, var);
-          spread_tile_features(tile, vectors, mean, var, terms + 2 * L * i, 2 * L * count);
+        for (int64_t u = 0; u < count; ++u) {
+          take_tile_features(tile, n + u, x.data + u * x.n, f, mean, var);
+          spread_tile_features(tile, vectors, mean, var, terms + 2 * L * u, 2 * L * count);
         }
         T* y = reinterpret_cast<T*>(p.out) + n * p.sn;
         for (int64_t t = 0, k = 0; t < tile.count; ++t, k += tile.size()) {
@@ -2571,15 +2578,21 @@ class Outside {
     }
   }
 
+  // Over all tiles, some side by side. These are far apart: features near each other are often alike, and a mean that all
+  // are far from would cost digits.
+  template <int N>
+  void sum_tiles(const Tile& tile, const T* x, const FeatureSums& f) const {
+    const int64_t size = tile.size(), part = tile.count / N, apart = part * size;
+    add_tiles<N, true>(x, apart, size, f);
+    for (int64_t t = 1; t < part; ++t) add_tiles<N, false>(x + t * size, apart, size, f);
+    for (int64_t t = part * N; t < tile.count; ++t) add_tiles<1, false>(x + t * size, 0, size, f);
+  }
+
   // Of sample n, whose values are at x: means and variances over the features, a row of positions.
   void take_tile_features(const Tile& tile, int64_t n, const T* x, const FeatureSums& f, A* mean, A* var) const {
     if (p.feature.own()) {
-      // Side by side from far apart: features near each other are often alike.
-      const int64_t size = tile.size(), part = tile.count / kStreams, apart = part * size;
-      add_tiles<kStreams, true>(x, apart, size, f);
-      for (int64_t t = 1; t < part; ++t) add_tiles<kStreams, false>(x + t * size, apart, size, f);
-      for (int64_t t = part * kStreams; t < tile.count; ++t) add_tiles<1, false>(x + t * size, 0, size, f);
-      tile.rows == 1 ? end_features(size, tile.count, f, mean, var) : join_rows(tile, f, mean, var);
+      tile.count < 8 * 2 * kStreams ? sum_tiles<kStreams>(tile, x, f) : sum_tiles<2 * kStreams>(tile, x, f);
+      tile.rows == 1 ? end_features(tile.size(), tile.count, f, mean, var) : join_rows(tile, f, mean, var);
     }
     const Span all = span_of(0, 0, p.P);
     store_features(all, {n, n + 1}, mean, var);
@@ -2587,7 +2600,7 @@ class Outside {
     if (p.feature.var.data) load_row(p.feature.var, n, all, var);
   }
 
-  // From sums for each place in a tile to the mean and variance of its position.
+  // From sums for each place in a tile to the mean and variance of its position. Arrays go on for a vector beyond the tile.
   void join_rows(const Tile& tile, const FeatureSums& f, A* mean_f, A* var_f) const {
     const A *means = f.sum, *vars = f.square;
     end_features(tile.size(), tile.count, f, f.sum, f.square);
@@ -2623,7 +2636,8 @@ class Outside {
     const A *W, *bias, *mean, *scale, *terms;
     bool past_caches;
 
-    // y of N samples, n from each other. Single: the tile is a row. Not inlined, or addresses take too many registers.
+    // y of N samples, n from each other. Single: the tile is a row. Not inlined, or addresses take too many registers; with
+    // a copy of what is known, since the compiler takes y for memory that anything may lie in.
     template <bool Single, int N>
     __attribute__((noinline)) void normalise(const T* x, T* y, const int64_t n) const {
       const TileKeys own = *this;
@@ -3088,8 +3102,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-void in_parallel(int64_t tasks, void (*f)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { f(begin, end, context); });
+void in_parallel(int64_t threads, void (*f)(void*), void* context) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { f(context); });
 }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }

@@ -425,7 +425,14 @@ class TestRepeats:
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize(
     ("shape", "axis"),
-    [((9, 64, 28, 28), 1), ((33, 128, 7, 7), 1), ((63, 40, 100), 1), ((5, 16, 3200), 1), ((33, 300, 40), 2)],
+    [
+        ((9, 64, 28, 28), 1),
+        ((3, 128, 28, 28), 1),
+        ((33, 128, 7, 7), 1),
+        ((63, 40, 100), 1),
+        ((5, 16, 3200), 1),
+        ((33, 300, 40), 2),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("threads", [2, 3])
