@@ -402,29 +402,32 @@ struct Range {
 // Part i of `parts` nearly equal ones.
 inline Range part_of(int64_t size, int64_t parts, int64_t i) { return {size * i / parts, size * (i + 1) / parts}; }
 
-// f(context) by each of some of PyTorch's threads, or by fewer; in part 0.
-void in_parallel(int64_t threads, void (*f)(void*), void* context);
+// f(begin, end, context) for parts of [0, threads), by PyTorch's threads; in part 0.
+void in_parallel(int64_t threads, void (*f)(int64_t, int64_t, void*), void* context);
 int64_t thread_count();
 
-// f(task) for each, by as many threads as there are. A thread takes the next task that none has taken: one that sleeps, or
-// shares its core, is some tens of microseconds late.
+// f(task) for each, by as many threads as there are. A thread begins with a task of its own, for which its caches may hold
+// something, and takes the next one that is left then: a thread that sleeps, or shares its core, is some tens of
+// microseconds late.
 template <class F>
 void run_tasks(int64_t tasks, const F& f) {
-  std::atomic<int64_t> next = 0;
-  auto run = [&] {
-    for (int64_t i = next++; i < tasks; i = next++) {
-      task_scratch.reset();
-      f(i);
-      finish_past_caches();
-    }
+  const int64_t threads = std::min(tasks, std::max<int64_t>(1, thread_count()));
+  std::atomic<int64_t> next = threads;
+  auto one = [&](int64_t i) {
+    task_scratch.reset();
+    f(i);
+    finish_past_caches();
+  };
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) one(i);
+    for (int64_t i = next++; i < tasks; i = next++) one(i);
     task_scratch.reset();
   };
-  const int64_t threads = std::min(tasks, std::max<int64_t>(1, thread_count()));
   if (threads == 1) {
-    run();
+    run(0, 1);
   } else {
     using Run = decltype(run);
-    in_parallel(threads, [](void* f) { (*static_cast<Run*>(f))(); }, &run);
+    in_parallel(threads, [](int64_t begin, int64_t end, void* f) { (*static_cast<Run*>(f))(begin, end); }, &run);
   }
 }
 
@@ -2475,7 +2478,7 @@ class Outside {
   static constexpr int64_t kTile = 1024;      // values of one: a few for each should be in the nearest caches
   static constexpr int64_t kEnoughTiles = 8;  // in a sample, or bringing their rows together costs more than it saves
   static constexpr int64_t kStreams = 4;      // tiles at least that are read side by side for sums over all of them
-  static constexpr int kPair = 2;             // samples at a time, where there are enough
+  static constexpr int kPair = std::is_same_v<A, double> ? 1 : 2;  // samples at a time, where there are enough
 
   std::optional<Tile> tile(const Plan& plan) const {
     const int64_t shared = std::gcd(p.P, int64_t(L)), rows = L / shared, count = p.C / rows;
@@ -2591,7 +2594,8 @@ class Outside {
   // Of sample n, whose values are at x: means and variances over the features, a row of positions.
   void take_tile_features(const Tile& tile, int64_t n, const T* x, const FeatureSums& f, A* mean, A* var) const {
     if (p.feature.own()) {
-      tile.count < 8 * 2 * kStreams ? sum_tiles<kStreams>(tile, x, f) : sum_tiles<2 * kStreams>(tile, x, f);
+      constexpr int64_t most = std::is_same_v<A, double> ? kStreams : 2 * kStreams;
+      tile.count < 8 * most ? sum_tiles<kStreams>(tile, x, f) : sum_tiles<most>(tile, x, f);
       tile.rows == 1 ? end_features(tile.size(), tile.count, f, mean, var) : join_rows(tile, f, mean, var);
     }
     const Span all = span_of(0, 0, p.P);
@@ -3102,8 +3106,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-void in_parallel(int64_t threads, void (*f)(void*), void* context) {
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { f(context); });
+void in_parallel(int64_t threads, void (*f)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { f(begin, end, context); });
 }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
