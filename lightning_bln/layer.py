@@ -207,7 +207,7 @@ class BatchLayerNorm(nn.Module):
         return library.infer(*self._arguments(view, axis, weight, bias, population, nominal))
 
     def _buffer(self, name: str) -> Tensor:
-        # An attribute of a module takes longer to find than a small layer's sizes to check. A parametrized buffer is none.
+        # An attribute takes longer to find than a small layer's sizes to check. A parametrized buffer is not among them.
         found = self._buffers.get(name)
         return getattr(self, name) if found is None else found
 
