@@ -207,7 +207,7 @@ class BatchLayerNorm(nn.Module):
         return library.infer(*self._arguments(view, axis, weight, bias, population, nominal))
 
     def _buffer(self, name: str) -> Tensor:
-        # An attribute takes longer to find than a small layer's sizes to check. A parametrized buffer is not among them.
+        # An attribute takes longer to find than a small layer's sizes to check. A parametrized buffer is not there.
         found = self._buffers.get(name)
         return getattr(self, name) if found is None else found
 
