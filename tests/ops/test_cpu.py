@@ -420,6 +420,16 @@ class TestRepeats:
                 assert all(torch.equal(now, was) for now, was in zip(grads, first, strict=True))
 
 
+# A checkpoint may hold them in another one.
+@pytest.mark.usefixtures("_kernel", "_poisoned_memory")
+@pytest.mark.parametrize("shape", [(3, 64, 28, 28), (3, 128, 7, 7), (3, 20, 40, 40)], ids=str)
+def test_inference_does_not_depend_on_the_layout_of_population_statistics(shape: tuple[int, ...]):
+    x = torch.randn(shape)
+    population = chosen_population(x, 1, False, "TTFF")
+    turned = Population(*(None if s is None else s.movedim(0, -1).contiguous().movedim(-1, 0) for s in population))
+    assert torch.equal(Case(x, population=population).forward()[0], Case(x, population=turned).forward()[0])
+
+
 # Threads take as many samples as they come to, a different number each time.
 @pytest.mark.usefixtures("_kernel", "_poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
