@@ -431,8 +431,13 @@ void run_tasks(int64_t tasks, const F& f) {
   }
 }
 
-// Tasks for each thread where nothing that they find has to be brought together.
-constexpr int64_t kShares = 4;
+// Where nothing that tasks find has to be brought together: each block a task, or several of some samples each, at least
+// four for each of `threads`.
+template <class P>
+void share_out(P& plan, int64_t samples, int64_t threads) {
+  plan.parts_b = plan.blocks;
+  plan.parts_n = std::min(samples, ceil_div(4 * threads, plan.blocks));
+}
 
 // Bytes of the caches that a core can use. The kernel's files come first: of some processors sysconf adds up the last
 // caches of all groups of cores.
@@ -1234,10 +1239,7 @@ class Inside {
     plan.blocks = ceil_div(p.P, plan.width);
     plan.parts_n = plan.fused ? 1 : std::min(tasks, p.N);
     plan.parts_b = std::clamp<int64_t>(tasks / plan.parts_n, 1, plan.blocks);
-    if (!reduces && tasks > 1) {
-      plan.parts_b = plan.blocks;
-      plan.parts_n = std::min(p.N, ceil_div(kShares * tasks, plan.blocks));
-    }
+    if (!reduces && tasks > 1) share_out(plan, p.N, tasks);
     plan.tasks = plan.parts_n * plan.parts_b;
     return plan;
   }
@@ -1746,8 +1748,9 @@ class Inside {
 //
 // Rows of a sample are read where they lie, block by block of positions: a block is so wide that what is kept for its
 // C x width keys stays in the second cache, and all samples are read once to take statistics and, last one first, once
-// more for the result; inference takes some shapes sample by sample instead, see tiles. Lanes beyond a block's last position hold values of the next row, or zeros: they are computed
-// with, since lanes never mix, and left out of whatever is stored or summed over lanes.
+// more for the result; inference takes some shapes sample by sample instead, see tiles. Lanes beyond a block's last
+// position hold values of the next row, or zeros: they are computed with, since lanes never mix, and left out of whatever
+// is stored or summed over lanes.
 // T: x's type in memory, which is read and written where it lies; if it is A, others are packed first.
 template <class A, class T>
 class Outside {
@@ -1769,8 +1772,6 @@ class Outside {
   explicit Outside(Problem<A>& problem) : p(problem) {}
 
   void forward() {
-    // In one layout, whichever a checkpoint had: the way taken, and so the last digit of y, must not depend on it.
-    for (Statistic<A>* given : {&p.batch.mean, &p.batch.var}) make_dense(*given);
     const Plan plan = choose(p.batch.own());
     if (const auto tile = this->tile(plan)) {
       std::atomic<int64_t> next = 0;
@@ -1820,15 +1821,6 @@ class Outside {
 
  private:
   Problem<A>& p;
-  void make_dense(Statistic<A>& given) const {
-    if (!given.data || p.per_channel || given.sp == 0 || (given.sp == 1 && given.si == p.P)) return;
-    A* copy = call_scratch.take<A>(p.C * p.P);
-    for (int64_t c = 0; c < p.C; ++c) {
-      for (int64_t j = 0; j < p.P; ++j) copy[c * p.P + j] = given.at(c, j);
-    }
-    given = {copy, p.P, 1};
-  }
-
   std::vector<std::vector<double>> grads_;  // of each task: of the weight and of the bias
 
   // ---------------------------------------------------------------------------------------------------- work and data
@@ -1865,10 +1857,7 @@ class Outside {
     plan.blocks = std::min(ceil_div(ceil_div(p.P, width), parts_b) * parts_b, ceil_div(p.P, line));
     plan.width = ceil_div(ceil_div(p.P, line), plan.blocks) * line;
     plan.parts_b = std::min(parts_b, plan.blocks);
-    if (!reduces && tasks > 1) {
-      plan.parts_b = plan.blocks;
-      plan.parts_n = std::min(p.N, ceil_div(kShares * tasks, plan.blocks));
-    }
+    if (!reduces && tasks > 1) share_out(plan, p.N, tasks);
     plan.threads = tasks;
     plan.tasks = plan.parts_n * plan.parts_b;
     return plan;
@@ -2493,8 +2482,9 @@ class Outside {
 
   std::optional<Tile> tile(const Plan& plan) const {
     const int64_t shared = std::gcd(p.P, int64_t(L)), rows = L / shared, count = p.C / rows;
-    auto dense = [&](const Statistic<A>& s) { return s.data && s.sp == 1 && s.si == p.P; };
-    if (!in_place() || p.per_channel || p.sc != p.P || !dense(p.batch.mean) || !dense(p.batch.var) || plan.threads > p.N) return {};
+    // Not by their layout: the way taken, and so the last digit of y, must not depend on what a checkpoint had.
+    auto each_position = [&](const Statistic<A>& s) { return s.data && s.sp != 0; };
+    if (!in_place() || p.per_channel || p.sc != p.P || !each_position(p.batch.mean) || !each_position(p.batch.var) || plan.threads > p.N) return {};
     // Of short rows the beginnings and ends take longer than reading in order saves.
     const bool enough = rows == 1 ? p.P >= kPiece && count >= kStreams : p.P >= L && count >= kEnoughTiles;
     if (!enough || p.P * rows > kTile || count * rows != p.C) return {};
@@ -2532,7 +2522,8 @@ class Outside {
     TileVector* vectors = task_scratch.take<TileVector>(tile.vectors);
     for (int64_t j = 0; j < tile.vectors; ++j) vectors[j] = tile_vector(j, std::make_index_sequence<size_t(L)>());
     A* scales = task_scratch.take<A>(p.C * p.P);
-    tile_scales(tile, vectors, scales);
+    tile_scales(tile, vectors, dense_rows(p.batch.var), scales);
+    const A* mean_b = dense_rows(p.batch.mean);
     A* terms = task_scratch.take<A>(kPair * 2 * tile.size());
     A *mean = task_scratch.take<A>(L + tile.size()) + L, *var = task_scratch.take<A>(L + tile.size()) + L;
     const FeatureSums f = take_feature_sums(tile.size() + L);
@@ -2546,17 +2537,25 @@ class Outside {
         }
         T* y = reinterpret_cast<T*>(p.out) + n * p.sn;
         for (int64_t t = 0, k = 0; t < tile.count; ++t, k += tile.size()) {
-          const TileKeys keys = {vectors, tile.vectors, p.W + t * tile.rows, p.bias + t * tile.rows, p.batch.mean.data + k, scales + k, terms, p.past_caches};
+          const TileKeys keys = {vectors, tile.vectors, p.W + t * tile.rows, p.bias + t * tile.rows, mean_b + k, scales + k, terms, p.past_caches};
           tile.rows == 1 ? keys.template normalise<true, count>(x.data + k, y + k, x.n) : keys.template normalise<false, count>(x.data + k, y + k, x.n);
         }
       });
     }
   }
 
+  // A population statistic as C rows of P values next to each other: where it lies, or a copy.
+  const A* dense_rows(const Statistic<A>& from) const {
+    if (from.sp == 1 && from.si == p.P) return from.data;
+    A* copy = task_scratch.take<A>(p.C * p.P + L);
+    load_rows(from, {0, p.C}, span_of(0, 0, p.P), copy, p.P);
+    return copy;
+  }
+
   // W * w_b / sqrt(var + eps), for each key.
-  void tile_scales(const Tile& tile, const TileVector* vectors, A* scales) const {
+  void tile_scales(const Tile& tile, const TileVector* vectors, const A* var, A* scales) const {
     const V eps = splat<A>(p.eps), w_b = splat<A>(p.w_b);
-    const A *var = p.batch.var.data, *W = p.W;
+    const A* W = p.W;
     for (const A* end = W + p.C; W < end; W += tile.rows) {
       for (int64_t i = 0; i < tile.vectors; ++i, var += L, scales += L) {
         put<A>(scales, vectors[i].values(W) * w_b * inverse_root<A>(get<A>(var) + eps));

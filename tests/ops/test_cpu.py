@@ -420,7 +420,7 @@ class TestRepeats:
                 assert all(torch.equal(now, was) for now, was in zip(grads, first, strict=True))
 
 
-# A checkpoint may hold them in another one.
+# A checkpoint may hold them in another layout than training on this input makes.
 @pytest.mark.usefixtures("_kernel", "_poisoned_memory")
 @pytest.mark.parametrize("shape", [(3, 64, 28, 28), (3, 128, 7, 7), (3, 20, 40, 40)], ids=str)
 def test_inference_does_not_depend_on_the_layout_of_population_statistics(shape: tuple[int, ...]):
