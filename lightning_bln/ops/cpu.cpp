@@ -38,6 +38,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <fstream>
 #include <initializer_list>
 #include <memory>
@@ -45,6 +46,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -406,30 +408,118 @@ inline Range part_of(int64_t size, int64_t parts, int64_t i) { return {size * i 
 void in_parallel(int64_t threads, void (*f)(int64_t, int64_t, void*), void* context);
 int64_t thread_count();
 
-// f(task) for each, by as many threads as there are. A thread begins with a task of its own, for which its caches may hold
-// something, and takes the next one that is left then: a thread that sleeps, or shares its core, is some tens of
-// microseconds late.
-template <class F>
-void run_tasks(int64_t tasks, const F& f) {
-  const int64_t threads = std::min(tasks, std::max<int64_t>(1, thread_count()));
-  std::atomic<int64_t> next = threads;
-  auto one = [&](int64_t i) {
-    task_scratch.reset();
-    f(i);
-    finish_past_caches();
-  };
-  auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) one(i);
-    for (int64_t i = next++; i < tasks; i = next++) one(i);
-    task_scratch.reset();
-  };
-  if (threads == 1) {
-    run(0, 1);
-  } else {
-    using Run = decltype(run);
-    in_parallel(threads, [](int64_t begin, int64_t end, void* f) { (*static_cast<Run*>(f))(begin, end); }, &run);
-  }
+// A moment within a loop that waits for another thread, the i-th of it: long waits leave the core to others.
+inline void wait_a_little(int64_t i) {
+  if (i > 1000) return std::this_thread::yield();
+#if defined(__SSE2__)
+  _mm_pause();
+#endif
 }
+
+// Threads that work on one call.
+//
+// They are woken once for all its jobs, since waking a thread takes some tens of microseconds, more than a job on a small
+// input. One that comes late, or shares its core, finds what the others have left: each begins with a task of its own, for
+// which its caches may hold something, if nobody else has begun it, and takes the next one that is left then. Nobody waits
+// for a task that no thread works on, so that any number of threads, one too, finishes any job.
+class Crew {
+ public:
+  // body(), which may run jobs, while up to `threads` - 1 other threads wait for them.
+  template <class F>
+  void together(int64_t threads, const F& body) {
+    threads = std::min(threads, thread_count());
+    if (threads <= 1) return body();
+    auto part = [&](int64_t i) {
+      if (i > 0) return follow(i);
+      const Ending ending{*this};
+      body();
+    };
+    using Part = decltype(part);
+    size_ = threads;
+    in_parallel(threads, [](int64_t begin, int64_t, void* part) { (*static_cast<Part*>(part))(begin); }, &part);
+  }
+
+  // A job: f(task) for each.
+  template <class F>
+  void run(int64_t tasks, const F& f) {
+    auto one = [](int64_t t, const void* f) {
+      task_scratch.reset();
+      (*static_cast<const F*>(f))(t);
+      finish_past_caches();
+    };
+    if (size_ == 1 || tasks == 1 || posted_ == kJobs) {
+      for (int64_t t = 0; t < tasks; ++t) one(t, &f);
+    } else {
+      lead(tasks, one, &f);
+    }
+    task_scratch.reset();
+  }
+
+ private:
+  struct Job {
+    int64_t tasks;
+    void (*one)(int64_t, const void*);
+    const void* f;
+    std::vector<std::atomic<bool>> begun;   // tasks that belong to threads: as many as both
+    std::atomic<int64_t> next, done = 0;    // next: of the other tasks
+    std::atomic<bool> failed = false;
+    std::exception_ptr error;
+  };
+  static constexpr int64_t kJobs = 6;  // of a call; the calling thread does any further ones alone
+
+  std::array<Job, kJobs> jobs_;  // each for one job: a thread may look at it late
+  std::atomic<int64_t> posted_ = 0;
+  std::atomic<bool> ended_ = false;
+  int64_t size_ = 1;
+
+  struct Ending {
+    Crew& crew;
+    ~Ending() { crew.ended_.store(true, std::memory_order_release); }
+  };
+
+  void lead(int64_t tasks, void (*one)(int64_t, const void*), const void* f) {
+    const int64_t k = posted_.load(std::memory_order_relaxed);
+    Job& job = jobs_[k];
+    job.tasks = tasks;
+    job.one = one;
+    job.f = f;
+    job.begun = std::vector<std::atomic<bool>>(std::min(tasks, size_));
+    job.next = int64_t(job.begun.size());
+    posted_.store(k + 1, std::memory_order_release);
+    take_part(job, 0);
+    for (int64_t i = 0; job.done.load(std::memory_order_acquire) < tasks; ++i) wait_a_little(i);
+    if (job.failed) std::rethrow_exception(job.error);
+  }
+
+  void follow(int64_t i) {
+    for (int64_t k = 0;; ++k) {
+      for (int64_t j = 0; posted_.load(std::memory_order_acquire) <= k; ++j) {
+        if (ended_.load(std::memory_order_acquire)) return;
+        wait_a_little(j);
+      }
+      take_part(jobs_[k], i);
+      task_scratch.reset();
+    }
+  }
+
+  static void take_part(Job& job, int64_t i) {
+    const int64_t own = int64_t(job.begun.size());
+    if (i < own) take_own(job, i);
+    for (int64_t t = job.next++; t < job.tasks; t = job.next++) take(job, t);
+    for (int64_t t = 0; t < own; ++t) take_own(job, t);
+  }
+  static void take_own(Job& job, int64_t t) {
+    if (!job.begun[t].exchange(true)) take(job, t);
+  }
+  static void take(Job& job, int64_t t) {
+    try {
+      job.one(t, job.f);
+    } catch (...) {
+      if (!job.failed.exchange(true)) job.error = std::current_exception();
+    }
+    job.done.fetch_add(1, std::memory_order_acq_rel);
+  }
+};
 
 // Where nothing that tasks find has to be brought together: each block a task, or several of some samples each, at least
 // four for each of `threads`.
@@ -1172,15 +1262,14 @@ class Inside {
   void forward() {
     const bool reduces = p.batch.own();
     const Plan plan = choose(reduces && !p.per_channel, reduces, 1);
-    if (plan.fused) {
-      each_fused_block(plan, [&](const B& b, int64_t) { forward_block(b); });
-      return;
-    }
-    if (reduces) {
-      take_statistics(plan, true, p.feature.own());
-      p.batch.known = p.feature.known = true;
-    }
-    normalise(plan);
+    crew.together(plan.tasks, [&] {
+      if (plan.fused) return each_fused_block(plan, [&](const B& b, int64_t) { forward_block(b); });
+      if (reduces) {
+        take_statistics(plan, true, p.feature.own());
+        p.batch.known = p.feature.known = true;
+      }
+      normalise(plan);
+    });
   }
 
   void backward() {
@@ -1189,20 +1278,22 @@ class Inside {
     if (!plan.fused && p.batch.var_unknown) p.batch.known = p.batch.var_unknown = false;
     const bool missing_b = p.batch.own() && !p.batch.known, missing_f = p.feature.own() && !p.feature.known;
     std::vector<std::vector<double>> grads(plan.tasks, std::vector<double>(2 * p.C, 0.0));
-    if (plan.fused) {
-      each_fused_block(plan, [&](const B& b, int64_t t) { backward_block(b, missing_b, missing_f, grads[t].data()); });
-    } else {
+    crew.together(plan.tasks, [&] {
+      if (plan.fused) {
+        return each_fused_block(plan, [&](const B& b, int64_t t) { backward_block(b, missing_b, missing_f, grads[t].data()); });
+      }
       if (missing_f) p.take_own_feature();
       if (missing_b) p.take_own_batch(1, p.C);
       if (missing_b || missing_f) take_statistics(plan, missing_b, missing_f);
       p.batch.known = p.feature.known = true;
       backward_split(plan, grads);
-    }
+    });
     p.finish_gradients(grads);
   }
 
  private:
   Problem<A>& p;
+  mutable Crew crew;
 
   B block(const Plan& plan, int64_t i) const {
     const int64_t first = i * plan.width;
@@ -1212,7 +1303,7 @@ class Inside {
   // f(block, task) for every block, one task's after the other.
   template <class F>
   void each_fused_block(const Plan& plan, const F& f) const {
-    run_tasks(plan.tasks, [&](int64_t t) {
+    crew.run(plan.tasks, [&](int64_t t) {
       const Range blocks = part_of(plan.blocks, plan.tasks, t);
       for (int64_t b = blocks.begin; b < blocks.end; ++b) {
         task_scratch.reset();
@@ -1543,7 +1634,7 @@ class Inside {
       squares = call_scratch.take<A>(plan.parts_n * keys);
     }
     std::vector<std::vector<Moments<double>>> channels(plan.tasks, std::vector<Moments<double>>(p.per_channel ? p.C : 0));
-    run_tasks(plan.tasks, [&](int64_t t) {
+    crew.run(plan.tasks, [&](int64_t t) {
       const Share own = share(plan, t);
       const B b0 = block(plan, own.blocks.begin);
       A* room = take_room(b0, plan.chunk);
@@ -1578,7 +1669,7 @@ class Inside {
     });
     if (!with_batch) return;
     if (p.per_channel) return p.store_channels(channels);
-    run_tasks(plan.tasks, [&](int64_t t) {
+    crew.run(plan.tasks, [&](int64_t t) {
       const Range blocks = part_of(plan.blocks, plan.tasks, t);
       const B b0 = block(plan, 0);
       A* mean = task_scratch.take<A>(b0.keys);
@@ -1610,7 +1701,7 @@ class Inside {
 
   void normalise(const Plan& plan) const {
     const bool inline_features = p.feature.own() && !p.feature.known;
-    run_tasks(plan.tasks, [&](int64_t t) {
+    crew.run(plan.tasks, [&](int64_t t) {
       const Share own = share(plan, t);
       const B b0 = block(plan, own.blocks.begin);
       A* room = take_room(b0, plan.chunk);
@@ -1645,7 +1736,7 @@ class Inside {
     A* sums_d = call_scratch.take<A>(parts * keys);
     A* offset_f = call_scratch.take<A>(p.N * p.P);
     A* slope_f = call_scratch.take<A>(p.N * p.P);
-    run_tasks(plan.tasks, [&](int64_t t) {
+    crew.run(plan.tasks, [&](int64_t t) {
       const Share own = share(plan, t);
       const B b0 = block(plan, own.blocks.begin);
       A *room = take_room(b0, plan.chunk), *room_g = take_room(b0, plan.chunk);
@@ -1686,7 +1777,7 @@ class Inside {
       }
     });
     if (p.per_channel) merge_channels(plan, keys, {sums_g, sums_gd, sums_d});
-    run_tasks(plan.tasks, [&](int64_t t) {
+    crew.run(plan.tasks, [&](int64_t t) {
       const Share own = share(plan, t);
       const B b0 = block(plan, own.blocks.begin);
       A *room = take_room(b0, plan.chunk), *room_g = take_room(b0, plan.chunk);
@@ -1773,21 +1864,21 @@ class Outside {
 
   void forward() {
     const Plan plan = choose(p.batch.own());
-    if (const auto tile = this->tile(plan)) {
-      std::atomic<int64_t> next = 0;
-      const int64_t group = samples_at_once(plan.threads);
-      run_tasks(plan.threads, [&](int64_t) { normalise_tiles(*tile, group, next); });
-      return;
-    }
-    if (p.batch.own() && plan.whole) {
-      each_span(plan, [&](const Span& s, const Share&) {
-        const Rest rest = take_block(plan, s, true);
-        normalise(s, {0, p.N}, true, rest);
-      });
-      return;
-    }
-    const Rest rest = p.batch.own() ? take_statistics(plan) : Rest();
-    each_span(plan, [&](const Span& s, const Share& own) { normalise(s, own.samples, p.batch.own(), rest.at(place(plan, s))); });
+    crew.together(plan.threads, [&] {
+      if (const auto tile = this->tile(plan)) {
+        std::atomic<int64_t> next = 0;
+        const int64_t group = samples_at_once(plan.threads);
+        return crew.run(plan.threads, [&](int64_t) { normalise_tiles(*tile, group, next); });
+      }
+      if (p.batch.own() && plan.whole) {
+        return each_span(plan, [&](const Span& s, const Share&) {
+          const Rest rest = take_block(plan, s, true);
+          normalise(s, {0, p.N}, true, rest);
+        });
+      }
+      const Rest rest = p.batch.own() ? take_statistics(plan) : Rest();
+      each_span(plan, [&](const Span& s, const Share& own) { normalise(s, own.samples, p.batch.own(), rest.at(place(plan, s))); });
+    });
   }
 
   void backward() {
@@ -1800,10 +1891,13 @@ class Outside {
       p.take_own_batch(p.per_channel ? 1 : p.P, 1);
       if (missing_f) p.take_own_feature();
       missing_f = false;
-      if (!plan.whole) take_statistics(plan);
     }
     grads_.assign(plan.tasks, std::vector<double>(2 * p.C, 0.0));
-    if (plan.whole) {
+    crew.together(plan.threads, [&] {
+      if (!plan.whole) {
+        if (missing_b) take_statistics(plan);
+        return backward_in_parts(plan, missing_f);
+      }
       each_span(plan, [&](const Span& s, const Share& own) {
         if (missing_b) take_block(plan, s, !p.feature.known);
         const Sums sums = take_sums(task_scratch, s.keys(p.C), in_parts(plan));
@@ -1813,14 +1907,13 @@ class Outside {
         finish_positions(s, sums, b, own.task);
         differentiate(s, {0, p.N}, b, f);
       });
-    } else {
-      backward_in_parts(plan, missing_f);
-    }
+    });
     p.finish_gradients(grads_);
   }
 
  private:
   Problem<A>& p;
+  mutable Crew crew;
   std::vector<std::vector<double>> grads_;  // of each task: of the weight and of the bias
 
   // ---------------------------------------------------------------------------------------------------- work and data
@@ -1879,7 +1972,7 @@ class Outside {
 
   template <class F>
   void each_span(const Plan& plan, const F& f) const {
-    run_tasks(plan.tasks, [&](int64_t t) {
+    crew.run(plan.tasks, [&](int64_t t) {
       // Threads have tasks next to each other at one time: of different samples, where those are in parts.
       const int64_t i = t % plan.parts_n;
       const Share own = {t, i, part_of(p.N, plan.parts_n, i), part_of(plan.blocks, plan.parts_b, t / plan.parts_n)};
@@ -2297,7 +2390,7 @@ class Outside {
       PerPosition batch = start(plan, s, own.samples, of_part(own.part, s), keys);
       take(s, own.samples, batch, !p.feature.known);
     });
-    run_tasks(plan.tasks, [&](int64_t t) {
+    crew.run(plan.tasks, [&](int64_t t) {
       A* mean = task_scratch.take<A>(2 * widest(plan).padded);
       A* var = mean + widest(plan).padded;
       const Range rows = part_of(plan.blocks * p.C, plan.tasks, t);
@@ -3051,7 +3144,7 @@ class Outside {
     each_span(plan, [&](const Span& s, const Share& own) {
       reduce(s, own.samples, missing_f, parts[own.part].at(place(plan, s)), of_span(s, own), own.task);
     });
-    run_tasks(plan.tasks, [&](int64_t t) {
+    crew.run(plan.tasks, [&](int64_t t) {
       A *var = task_scratch.take<A>(padded), *used = task_scratch.take<A>(padded);
       const Range rows = part_of(plan.blocks * p.C, plan.tasks, t);
       for (int64_t i = rows.begin; i < rows.end; ++i) {
