@@ -36,17 +36,15 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <fstream>
 #include <initializer_list>
 #include <memory>
 #include <new>
 #include <numeric>
 #include <optional>
-#include <string>
-#include <thread>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -55,7 +53,8 @@
 #if defined(__SSE__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
+#if defined(__unix__) || defined(__APPLE__)
+#include <sched.h>
 #include <unistd.h>
 #endif
 
@@ -410,7 +409,9 @@ int64_t thread_count();
 
 // A moment within a loop that waits for another thread, the i-th of it: long waits leave the core to others.
 inline void wait_a_little(int64_t i) {
-  if (i > 1000) return std::this_thread::yield();
+#if defined(__unix__) || defined(__APPLE__)
+  if (i > 1000) sched_yield();
+#endif
 #if defined(__SSE2__)
   _mm_pause();
 #endif
@@ -535,8 +536,8 @@ struct Caches {
   int64_t second, third;
   Caches() : second(512 << 10), third(8 << 20) {
 #if defined(__linux__)
-    if (const int64_t size = listed("2"); size > 0) second = std::max<int64_t>(size, 256 << 10);
-    if (const int64_t size = listed("3"); size > 0) third = size;
+    if (const int64_t size = listed(2); size > 0) second = std::max<int64_t>(size, 256 << 10);
+    if (const int64_t size = listed(3); size > 0) third = size;
 #endif
 #if defined(LIGHTNING_BLN_LAST_CACHE)  // of tests, for which small results are large
     third = LIGHTNING_BLN_LAST_CACHE;
@@ -545,12 +546,18 @@ struct Caches {
 
  private:
 #if defined(__linux__)
-  static int64_t listed(const std::string& level) {
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + level + "/size");
-    int64_t kibibytes = 0;
-    if (file >> kibibytes && file.get() == 'K') return kibibytes << 10;
+  static int64_t listed(int level) {
+    char name[64];
+    std::snprintf(name, sizeof(name), "/sys/devices/system/cpu/cpu0/cache/index%d/size", level);
+    long long kibibytes = 0;
+    char unit = 0;
+    if (FILE* file = std::fopen(name, "r")) {
+      const bool read = std::fscanf(file, "%lld%c", &kibibytes, &unit) == 2;
+      std::fclose(file);
+      if (read && unit == 'K') return int64_t(kibibytes) << 10;
+    }
 #if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)  // not in every C library
-    return sysconf(level == "2" ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+    return sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
 #else
     return 0;
 #endif
