@@ -461,8 +461,8 @@ class Crew {
     int64_t tasks;
     void (*one)(int64_t, const void*);
     const void* f;
-    std::vector<std::atomic<bool>> begun;   // tasks that belong to threads: as many as both
-    std::atomic<int64_t> next, done = 0;    // next: of the other tasks
+    std::vector<std::atomic<bool>> begun;  // of each thread's own task
+    std::atomic<int64_t> next, done = 0;   // next: of those that are nobody's own
     std::atomic<bool> failed = false;
     std::exception_ptr error;
   };
@@ -1251,7 +1251,8 @@ struct Block {
 
 struct Plan {
   bool fused;
-  int64_t width, blocks;          // positions of a block
+  int64_t width, blocks;            // positions of a block
+  int64_t threads;                  // that there is work for
   int64_t tasks, parts_n, parts_b;  // tasks = parts_n * parts_b: ranges of samples and of blocks
   int64_t chunk;                    // split: samples that are packed and worked on together
 };
@@ -1269,7 +1270,7 @@ class Inside {
   void forward() {
     const bool reduces = p.batch.own();
     const Plan plan = choose(reduces && !p.per_channel, reduces, 1);
-    crew.together(plan.tasks, [&] {
+    crew.together(plan.threads, [&] {
       if (plan.fused) return each_fused_block(plan, [&](const B& b, int64_t) { forward_block(b); });
       if (reduces) {
         take_statistics(plan, true, p.feature.own());
@@ -1285,7 +1286,7 @@ class Inside {
     if (!plan.fused && p.batch.var_unknown) p.batch.known = p.batch.var_unknown = false;
     const bool missing_b = p.batch.own() && !p.batch.known, missing_f = p.feature.own() && !p.feature.known;
     std::vector<std::vector<double>> grads(plan.tasks, std::vector<double>(2 * p.C, 0.0));
-    crew.together(plan.tasks, [&] {
+    crew.together(plan.threads, [&] {
       if (plan.fused) {
         return each_fused_block(plan, [&](const B& b, int64_t t) { backward_block(b, missing_b, missing_f, grads[t].data()); });
       }
@@ -1338,6 +1339,7 @@ class Inside {
     plan.parts_n = plan.fused ? 1 : std::min(tasks, p.N);
     plan.parts_b = std::clamp<int64_t>(tasks / plan.parts_n, 1, plan.blocks);
     if (!reduces && tasks > 1) share_out(plan, p.N, tasks);
+    plan.threads = tasks;
     plan.tasks = plan.parts_n * plan.parts_b;
     return plan;
   }

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -457,6 +458,45 @@ def test_inference_is_the_same_whichever_thread_takes_a_sample(
     first = case.forward()[0]
     for _ in range(10):
         assert torch.equal(case.forward()[0], first)
+
+
+# Statistics, what brings them together and the result are jobs of one call. A thread that comes late finds its own
+# task done.
+@pytest.mark.usefixtures("_kernel", "_poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize(("shape", "axis"), [((32, 256, 4, 4), 1), ((32, 64, 16, 16), 1), ((300, 70, 20), 2)], ids=str)
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_training_is_the_same_whichever_thread_takes_a_task(
+    shape: tuple[int, ...], axis: int, dtype: torch.dtype, threads: int, statistics: str, set_threads
+):
+    set_threads(threads)
+    case = Case(
+        torch.randn(shape).to(dtype), scaled_weight(shape[axis]), axis=axis, per_channel=statistics == "per_channel"
+    )
+    y, own = case.forward()
+    nothing = without(own, "missing", "missing")
+    grads = case.backward(nothing)
+    for _ in range(10):
+        assert torch.equal(case.forward()[0], y)
+        assert all(torch.equal(now, was) for now, was in zip(case.backward(nothing), grads, strict=True))
+
+
+# Calls side by side share PyTorch's threads; none waits for a thread that another one has.
+@pytest.mark.usefixtures("_kernel")
+def test_calls_from_several_threads_at_once(statistics: str, set_threads):
+    set_threads(3)
+    per_channel = statistics == "per_channel"
+    cases = [Case(torch.randn(32, 256, n, n), scaled_weight(256), per_channel=per_channel) for n in (3, 4, 5, 6)]
+    results = [(case.forward(), case.backward(case.forward()[1])) for case in cases]
+
+    def same(i: int) -> bool:
+        torch.set_num_threads(3)  # each thread has a number of its own
+        (y, own), grads = results[i % 4]
+        now = cases[i % 4].forward()[0], *cases[i % 4].backward(own)
+        return all(torch.equal(ours, was) for ours, was in zip(now, (y, *grads), strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same, range(80)))
 
 
 NAMES = ("y", "grad of x", "grad of weight", "grad of bias")
