@@ -55,6 +55,8 @@
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <sched.h>
+#endif
+#if defined(__linux__)
 #include <unistd.h>
 #endif
 
@@ -403,7 +405,8 @@ struct Range {
 // Part i of `parts` nearly equal ones.
 inline Range part_of(int64_t size, int64_t parts, int64_t i) { return {size * i / parts, size * (i + 1) / parts}; }
 
-// f(begin, end, context) for parts of [0, threads), by PyTorch's threads; in part 0.
+// f(begin, end, context) for parts of [0, threads), by PyTorch's threads: the calling one has that which begins at 0, and
+// waits for no other part before. In part 0 of the file.
 void in_parallel(int64_t threads, void (*f)(int64_t, int64_t, void*), void* context);
 int64_t thread_count();
 
@@ -414,6 +417,8 @@ inline void wait_a_little(int64_t i) {
 #endif
 #if defined(__SSE2__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #endif
 }
 
@@ -425,11 +430,10 @@ inline void wait_a_little(int64_t i) {
 // for a task that no thread works on, so that any number of threads, one too, finishes any job.
 class Crew {
  public:
-  // body(), which may run jobs, while up to `threads` - 1 other threads wait for them.
+  // body(), which may run jobs, while up to `threads` - 1 other threads wait for them. Once for a crew.
   template <class F>
   void together(int64_t threads, const F& body) {
-    threads = std::min(threads, thread_count());
-    if (threads <= 1) return body();
+    if (threads == 1) return body();
     auto part = [&](int64_t i) {
       if (i > 0) return follow(i);
       const Ending ending{*this};
@@ -444,7 +448,7 @@ class Crew {
   template <class F>
   void run(int64_t tasks, const F& f) {
     auto one = [](int64_t t, const void* f) {
-      task_scratch.reset();
+      const Clean clean;
       (*static_cast<const F*>(f))(t);
       finish_past_caches();
     };
@@ -453,7 +457,6 @@ class Crew {
     } else {
       lead(tasks, one, &f);
     }
-    task_scratch.reset();
   }
 
  private:
@@ -461,18 +464,21 @@ class Crew {
     int64_t tasks;
     void (*one)(int64_t, const void*);
     const void* f;
-    std::vector<std::atomic<bool>> begun;  // of each thread's own task
-    std::atomic<int64_t> next, done = 0;   // next: of those that are nobody's own
+    std::vector<std::atomic<bool>> begun;  // task i of these is thread i's own
+    std::atomic<int64_t> next, done = 0;   // next: of the others
     std::atomic<bool> failed = false;
     std::exception_ptr error;
   };
-  static constexpr int64_t kJobs = 6;  // of a call; the calling thread does any further ones alone
+  static constexpr int64_t kJobs = 6;  // no call has more than 5; the calling thread would do further ones alone
 
   std::array<Job, kJobs> jobs_;  // each for one job: a thread may look at it late
   std::atomic<int64_t> posted_ = 0;
   std::atomic<bool> ended_ = false;
   int64_t size_ = 1;
 
+  struct Clean {
+    ~Clean() { task_scratch.reset(); }
+  };
   struct Ending {
     Crew& crew;
     ~Ending() { crew.ended_.store(true, std::memory_order_release); }
@@ -499,7 +505,6 @@ class Crew {
         wait_a_little(j);
       }
       take_part(jobs_[k], i);
-      task_scratch.reset();
     }
   }
 
@@ -1286,12 +1291,12 @@ class Inside {
     if (!plan.fused && p.batch.var_unknown) p.batch.known = p.batch.var_unknown = false;
     const bool missing_b = p.batch.own() && !p.batch.known, missing_f = p.feature.own() && !p.feature.known;
     std::vector<std::vector<double>> grads(plan.tasks, std::vector<double>(2 * p.C, 0.0));
+    if (!plan.fused && missing_f) p.take_own_feature();
+    if (!plan.fused && missing_b) p.take_own_batch(1, p.C);
     crew.together(plan.threads, [&] {
       if (plan.fused) {
         return each_fused_block(plan, [&](const B& b, int64_t t) { backward_block(b, missing_b, missing_f, grads[t].data()); });
       }
-      if (missing_f) p.take_own_feature();
-      if (missing_b) p.take_own_batch(1, p.C);
       if (missing_b || missing_f) take_statistics(plan, missing_b, missing_f);
       p.batch.known = p.feature.known = true;
       backward_split(plan, grads);

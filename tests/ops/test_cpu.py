@@ -490,7 +490,7 @@ def test_calls_from_several_threads_at_once(statistics: str, set_threads):
     results = [(case.forward(), case.backward(case.forward()[1])) for case in cases]
 
     def same(i: int) -> bool:
-        torch.set_num_threads(3)  # each thread has a number of its own
+        torch.set_num_threads(3)  # a fresh thread has as many as there are cores
         (y, own), grads = results[i % 4]
         now = cases[i % 4].forward()[0], *cases[i % 4].backward(own)
         return all(torch.equal(ours, was) for ours, was in zip(now, (y, *grads), strict=True))
