@@ -1959,8 +1959,11 @@ class Outside {
     plan.parts_n = plan.whole ? 1 : std::min(tasks, p.N);
     const int64_t parts_b = std::max<int64_t>(1, tasks / plan.parts_n);
     constexpr int64_t line = kLine / sizeof(A);
-    // Rows of a quarter of a KiB at least, since each may lie in a page of its own.
-    const int64_t width = std::max<int64_t>(4 * line, (reduces ? 1 : 4) * key_limit() / p.C / line * line);
+    // Rows of a quarter of a KiB at least, since each may lie in a page of its own; of 2 KiB where all samples are read from
+    // beyond the caches, and then so few of them that some samples stay in the second cache until they are read again.
+    const bool far = !reduces && 2 * p.N * p.C * p.P * int64_t(sizeof(A)) > caches().third;
+    const int64_t least = far ? 32 * line : 4 * line, many = reduces ? 1 : far ? 2 : 4;
+    const int64_t width = std::max(least, many * key_limit() / p.C / line * line);
     plan.blocks = std::min(ceil_div(ceil_div(p.P, width), parts_b) * parts_b, ceil_div(p.P, line));
     plan.width = ceil_div(ceil_div(p.P, line), plan.blocks) * line;
     plan.parts_b = std::min(parts_b, plan.blocks);
