@@ -55,8 +55,8 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def speed_tables(results: Path) -> str:
-    """The block ``layers``: for each device that was measured, the layers' ratios and the models' steps."""
-    # The CPU's file, which has no device in its name, comes first.
+    """The block ``layers``: the layers' ratios and the models' steps, for each device and way to wait measured."""
+    # The CPU's file, which has neither in its name, comes first.
     layers = sorted(results.glob("layers*.csv"), key=lambda path: path.stem)
     return "\n\n".join(_speed_tables(path, path.with_stem(path.stem.replace("layers", "models"))) for path in layers)
 
@@ -72,7 +72,7 @@ def _speed_tables(layers: Path, models: Path) -> str:
         "|---|--:|--:|--:|--:|",
         *map(_model_line, steps[::2], steps[1::2]),
         "",
-        f"{_device(where)}, torch {where['torch']}, kernel: {where['kernel']}, {shapes} shapes.",
+        f"{_device(where)}{_waiting(where)}, torch {where['torch']}, kernel: {where['kernel']}, {shapes} shapes.",
     ]
     return "\n".join(lines)
 
@@ -88,6 +88,12 @@ def _device(where: dict[str, Any]) -> str:
     return (
         f"{where['device_name']} with {where['threads']} threads" if where["device"] == "cpu" else where["device_name"]
     )
+
+
+def _waiting(where: dict[str, Any]) -> str:
+    if where["device"] != "cpu":
+        return ""
+    return " that sleep between calls" if where["wait_policy"] == "passive" else " that spin between calls"
 
 
 def flags_table(results: Path) -> str:

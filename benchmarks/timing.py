@@ -259,6 +259,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "").lower() or "unset",
         "torch": version("torch"),
         "python": platform.python_version(),
     }
@@ -281,9 +282,12 @@ def _text(path: Path) -> str:
 
 
 def result_name(stem: str, where: Mapping[str, Any]) -> str:
-    """``stem`` for the CPU, otherwise with the device's name, as in layers_nvidia-h200."""
+    """``stem`` for the CPU, otherwise with the device's name, as in layers_nvidia-h200.
+
+    layers_spinning for the CPU where OpenMP's threads do not sleep while they wait: as they do only when told to.
+    """
     if where["device"] == "cpu":
-        return stem
+        return stem if where["wait_policy"] == "passive" else f"{stem}_spinning"
     return f"{stem}_{re.sub(r'[^a-z0-9]+', '-', where['device_name'].lower()).strip('-')}"
 
 

@@ -124,7 +124,8 @@ def test_rows_survive_a_csv_file(tmp_path: Path) -> None:
 
 
 def test_a_result_of_another_device_has_its_name() -> None:
-    assert timing.result_name("layers", {"device": "cpu", "device_name": "any"}) == "layers"
+    for policy, name in (("passive", "layers"), ("active", "layers_spinning"), ("unset", "layers_spinning")):
+        assert timing.result_name("layers", {"device": "cpu", "device_name": "any", "wait_policy": policy}) == name
     assert timing.result_name("layers", {"device": "cuda", "device_name": "NVIDIA H200"}) == "layers_nvidia-h200"
 
 
@@ -183,6 +184,7 @@ def test_every_shape_is_of_a_kind_that_is_measured() -> None:
 
 def test_unverified_gives_times_and_no_ratios(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(layers, "LINES", LINES)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     arguments = ["--unverified", "--no-compile", "--repeats", "3", "--seconds", "0", "--out", str(tmp_path)]
     layers.main(arguments)
     rows = timing.read_csv(tmp_path / "layers.csv")
