@@ -355,7 +355,6 @@ class BatchLayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
         self.reset_statistics()
 
-    @torch.no_grad()
     def _record(self, own: Statistics, x: Tensor, axis: int, samples: int | Tensor, values: int | Tensor) -> None:
         """Bring one mini-batch into the population statistics.
 
@@ -367,12 +366,16 @@ class BatchLayerNorm(nn.Module):
             values: How many values each batch statistic was taken over.
         """
         together = _world_size() > 1
-        if together:
-            self._restore_rank_statistics()
-        if not self._record_at_once(own, x, samples, values):
-            self._record_in_steps(own, x, axis, samples, values)
-        if together:
-            self._rank_statistics = {name: getattr(self, name).clone() for name in STATE}
+        # Around every small layer of a model, whose code no cache holds by then, each step here takes microseconds.
+        if not together and self._record_at_once(own, x, samples, values):
+            return
+        with torch.no_grad():
+            if together:
+                self._restore_rank_statistics()
+            if not (together and self._record_at_once(own, x, samples, values)):
+                self._record_in_steps(own, x, axis, samples, values)
+            if together:
+                self._rank_statistics = {name: getattr(self, name).clone() for name in STATE}
 
     def _record_in_steps(
         self, own: Statistics, x: Tensor, axis: int, samples: int | Tensor, values: int | Tensor
@@ -431,8 +434,9 @@ class BatchLayerNorm(nn.Module):
         """
         if torch.compiler.is_compiling() or not x.is_cpu or isinstance(samples, Tensor) or not cpu.load():
             return False
-        buffers: list[Tensor] = [getattr(self, name) for name in RUNNING]
-        if self.feature_population == "slot" or any(running.dtype != own.batch_mean.dtype for running in buffers):
+        buffers = [self._buffer(name) for name in RUNNING]
+        dtype = own.batch_mean.dtype
+        if self.feature_population == "slot" or [running.dtype for running in buffers] != [dtype] * 4:
             return False
         cumulative = self.population != "ema" or self._refreshing
         # As the buffers are to be: feature statistics without the samples, and per channel without the positions.
@@ -440,8 +444,10 @@ class BatchLayerNorm(nn.Module):
         of_feature: tuple[Any, Any] = ((), ())
         if self.statistics == "per_position":
             of_feature = (own.feature_mean.shape[1:], own.feature_mean.stride()[1:])
-        layouts = (of_batch, of_batch, of_feature, of_feature)
-        others = [i for i in range(4) if (buffers[i].shape, buffers[i].stride()) != layouts[i]]
+        layouts = [of_batch, of_batch, of_feature, of_feature]
+        others: list[int] = []
+        if [(running.shape, running.stride()) for running in buffers] != layouts:
+            others = [i for i in range(4) if (buffers[i].shape, buffers[i].stride()) != layouts[i]]
         if others:
             cumulative = cumulative or all(running.numel() == 0 for running in buffers)
             # The first batch of an average overwrites what was there, whatever its size.
@@ -451,15 +457,15 @@ class BatchLayerNorm(nn.Module):
             for i in others:
                 # Fresh, or loaded, or of another memory format: in the layout of what comes from now on.
                 running = buffers[i]
-                with torch.inference_mode(False):
+                with torch.no_grad(), torch.inference_mode(False):
                     buffers[i] = own.batch_mean.new_empty_strided(*layouts[i])
                     if running.shape == buffers[i].shape:
                         buffers[i].copy_(running)
                 setattr(self, RUNNING[i], buffers[i])
-        torch.ops.lightning_bln.accumulate_statistics(
+        torch.ops.lightning_bln.accumulate_statistics.default(
             *buffers,
-            self.num_samples,
-            self.nominal_batch_size,
+            self._buffer("num_samples"),
+            self._buffer("nominal_batch_size"),
             *own,
             samples,
             values,

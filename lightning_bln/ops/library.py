@@ -291,9 +291,7 @@ class _Eager(torch.autograd.Function):
         _save_for_backward(ctx, inputs, output)
         return output
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _autograd(ctx, *grads)
+    backward = staticmethod(_autograd)
 
 
 def run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
