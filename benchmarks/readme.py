@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import summary
-from benchmarks.timing import milliseconds, read_csv
+from benchmarks.timing import milliseconds, read_csv, threads_sleep
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -93,7 +93,7 @@ def _device(where: dict[str, Any]) -> str:
 def _waiting(where: dict[str, Any]) -> str:
     if where["device"] != "cpu":
         return ""
-    return " that sleep between calls" if where["wait_policy"] == "passive" else " that spin between calls"
+    return " that sleep between calls" if threads_sleep(where) else " that spin between calls"
 
 
 def flags_table(results: Path) -> str:

@@ -281,13 +281,18 @@ def _text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
+def threads_sleep(where: Mapping[str, Any]) -> bool:
+    """Whether OpenMP's threads slept while they waited, in an `environment` of the CPU: they do only when told to."""
+    return bool(where["wait_policy"] == "passive")
+
+
 def result_name(stem: str, where: Mapping[str, Any]) -> str:
     """``stem`` for the CPU, otherwise with the device's name, as in layers_nvidia-h200.
 
-    layers_spinning for the CPU where OpenMP's threads do not sleep while they wait: as they do only when told to.
+    layers_spinning for the CPU unless its `threads_sleep`.
     """
     if where["device"] == "cpu":
-        return stem if where["wait_policy"] == "passive" else f"{stem}_spinning"
+        return stem if threads_sleep(where) else f"{stem}_spinning"
     return f"{stem}_{re.sub(r'[^a-z0-9]+', '-', where['device_name'].lower()).strip('-')}"
 
 

@@ -366,17 +366,15 @@ class BatchLayerNorm(nn.Module):
             values: How many values each batch statistic was taken over.
         """
         together = _world_size() > 1
-        # Around every small layer of a model, whose code no cache holds by then, each step here takes microseconds.
-        if not together and self._record_at_once(own, x, samples, values):
-            return
-        with torch.no_grad():
-            if together:
-                self._restore_rank_statistics()
-            if not (together and self._record_at_once(own, x, samples, values)):
-                self._record_in_steps(own, x, axis, samples, values)
-            if together:
-                self._rank_statistics = {name: getattr(self, name).clone() for name in STATE}
+        if together:
+            self._restore_rank_statistics()
+        # First without torch.no_grad(), which nothing there needs most often: it would take as long as the checks.
+        if not self._record_at_once(own, x, samples, values):
+            self._record_in_steps(own, x, axis, samples, values)
+        if together:
+            self._rank_statistics = {name: getattr(self, name).clone() for name in STATE}
 
+    @torch.no_grad()
     def _record_in_steps(
         self, own: Statistics, x: Tensor, axis: int, samples: int | Tensor, values: int | Tensor
     ) -> None:
@@ -444,10 +442,8 @@ class BatchLayerNorm(nn.Module):
         of_feature: tuple[Any, Any] = ((), ())
         if self.statistics == "per_position":
             of_feature = (own.feature_mean.shape[1:], own.feature_mean.stride()[1:])
-        layouts = [of_batch, of_batch, of_feature, of_feature]
-        others: list[int] = []
-        if [(running.shape, running.stride()) for running in buffers] != layouts:
-            others = [i for i in range(4) if (buffers[i].shape, buffers[i].stride()) != layouts[i]]
+        layouts = (of_batch, of_batch, of_feature, of_feature)
+        others = [i for i in range(4) if (buffers[i].shape, buffers[i].stride()) != layouts[i]]
         if others:
             cumulative = cumulative or all(running.numel() == 0 for running in buffers)
             # The first batch of an average overwrites what was there, whatever its size.
@@ -535,6 +531,7 @@ class BatchLayerNorm(nn.Module):
             f"mini-batch statistics only: set_flags_(model, 'FFFF')."
         )
 
+    @torch.no_grad()
     def _restore_rank_statistics(self) -> None:
         for name, value in self.rank_statistics(dist.get_rank()).items():
             if getattr(self, name).shape == value.shape:

@@ -405,9 +405,9 @@ struct Range {
 // Part i of `parts` nearly equal ones.
 inline Range part_of(int64_t size, int64_t parts, int64_t i) { return {size * i / parts, size * (i + 1) / parts}; }
 
-// f(begin, end, context) for parts of [0, threads), by PyTorch's threads: the calling one has that which begins at 0, and
-// waits for no other part before. In part 0 of the file.
-void in_parallel(int64_t threads, void (*f)(int64_t, int64_t, void*), void* context);
+// f(begin, context) for parts of [0, threads), by PyTorch's threads: the calling one has that which begins at 0, and waits
+// for no other part before. In part 0 of the file.
+void in_parallel(int64_t threads, void (*f)(int64_t, void*), void* context);
 int64_t thread_count();
 
 // A moment within a loop that waits for another thread, the i-th of it: long waits leave the core to others.
@@ -441,7 +441,7 @@ class Crew {
     };
     using Part = decltype(part);
     size_ = threads;
-    in_parallel(threads, [](int64_t begin, int64_t, void* part) { (*static_cast<Part*>(part))(begin); }, &part);
+    in_parallel(threads, [](int64_t begin, void* part) { (*static_cast<Part*>(part))(begin); }, &part);
   }
 
   // A job: f(task) for each.
@@ -689,14 +689,17 @@ struct Problem {
   A* grad_bias = nullptr;
   int64_t batch_count() const { return per_channel ? N * P : N; }
 
-  // Where results go. Those that the last cache does not hold beside the input would be gone from it before they are
-  // read; all vectors of them must lie at multiples of their size.
+  // Whether the last cache cannot hold the results beside the input.
+  bool beyond_caches() const { return 2 * N * C * P * int64_t(sizeof(A)) > caches().third; }
+
+  // Where results go. Those beyond the caches would be gone from there before they are read; all vectors of them must lie
+  // at multiples of their size.
   void set_out(void* to) {
     out = static_cast<char*>(to);
     const int64_t row = sc == 1 ? (P == 1 ? C : sp) : sc;
     const bool whole = (sc == 1 ? C : P) % kLanes<A> == 0 && row % kLanes<A> == 0 && sn % kLanes<A> == 0;
     const bool aligned = reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0;
-    past_caches = same_type && whole && aligned && 2 * N * C * P * int64_t(sizeof(A)) > caches().third;
+    past_caches = same_type && whole && aligned && beyond_caches();
   }
 
   // Room for own statistics that the backward pass has to take again.
@@ -1961,7 +1964,7 @@ class Outside {
     constexpr int64_t line = kLine / sizeof(A);
     // Rows of a quarter of a KiB at least, since each may lie in a page of its own; of 2 KiB where all samples are read from
     // beyond the caches, and then so few of them that some samples stay in the second cache until they are read again.
-    const bool far = !reduces && 2 * p.N * p.C * p.P * int64_t(sizeof(A)) > caches().third;
+    const bool far = !reduces && p.beyond_caches();
     const int64_t least = far ? 32 * line : 4 * line, many = reduces ? 1 : far ? 2 : 4;
     const int64_t width = std::max(least, many * key_limit() / p.C / line * line);
     plan.blocks = std::min(ceil_div(ceil_div(p.P, width), parts_b) * parts_b, ceil_div(p.P, line));
@@ -3226,8 +3229,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-void in_parallel(int64_t threads, void (*f)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) { f(begin, end, context); });
+void in_parallel(int64_t threads, void (*f)(int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) { f(begin, context); });
 }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
